@@ -1,0 +1,1 @@
+"""Words into calls: one file per verb, parse, one library call, print."""

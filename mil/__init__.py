@@ -1,0 +1,1 @@
+"""Vectors into slide answers: multiple-instance learning, prototypes, slide embeddings."""

@@ -1,0 +1,1 @@
+"""Pixels into shapes: patch classifier, refinement, polygons."""

@@ -1,0 +1,19 @@
+"""What all tests share: where the real data lie, if they are there."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# No deadline: how fast a test runs says nothing about whether it is right.
+settings.register_profile("project", deadline=None, max_examples=60)
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real slides, weights and annotations beside the repository; the test is skipped without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("the shared data are not on this machine")
+    return folder

@@ -1,0 +1,59 @@
+"""Files that are either whole or not there."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+__all__ = ["fsync_folder", "fsync_tree", "replace_atomically", "write_atomically"]
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside ``path`` that becomes ``path`` when the block ends well.
+
+    The bytes are on the disk (fsync) before the name appears; on any error, KeyboardInterrupt included, nothing does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")  # the name may be as long as the system allows
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``: after a kill at any moment the old content or the new one is there, whole."""
+    with replace_atomically(path) as file:
+        file.write(data)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable. Does nothing where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """Make every file and folder below ``root``, and ``root`` itself, durable."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_folder(Path(folder))
