@@ -1,0 +1,163 @@
+"""TileGrid: the lattice against brute force, exact fractions, and what it refuses."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from wsi.grid import Box, TileGrid, Tiling, cover, tissue_fractions
+from wsi.pyramid import Pyramid
+
+SIZES = st.integers(1, 400)
+TILINGS = st.builds(
+    lambda mpp, tile, overlap, edge: Tiling(mpp=mpp, tile_px=tile, overlap_px=min(overlap, tile - 1), edge=edge),
+    st.floats(0.5, 8),
+    st.integers(1, 60),
+    st.integers(0, 40),
+    st.sampled_from(["drop", "pad"]),
+)
+
+
+@given(SIZES, SIZES, TILINGS)
+def test_the_lattice_is_every_whole_tile_once_in_rows_from_the_origin(width: Any, height: Any, tiling: Any) -> None:
+    grid = cover(Pyramid(((width, height),), (0.5, 0.5)), tiling)
+    (sw, sh), (dx, dy) = grid.side, grid.stride
+    pad = tiling.edge == "pad"
+
+    def starts(length: Any, side: Any, step: Any) -> Any:
+        found, at = [], 0
+        while at + side <= length:
+            found.append(at)
+            at += step
+        if pad and (not found or found[-1] + side < length):
+            found.append(at)
+        return found
+
+    expected = [(x, y) for y in starts(height, sh, dy) for x in starts(width, sw, dx)]
+    assert grid.xy.tolist() == [list(p) for p in expected]
+
+
+@given(SIZES, SIZES, TILINGS)
+def test_padding_covers_every_pixel_and_dropping_never_leaves_the_slide(width: Any, height: Any, tiling: Any) -> None:
+    grid = cover(Pyramid(((width, height),), (0.5, 0.5)), tiling)
+    seen = np.zeros((height, width), int)
+    for x, y in grid.xy:
+        seen[y : y + grid.side[1], x : x + grid.side[0]] += 1
+        if tiling.edge == "drop":
+            assert x + grid.side[0] <= width
+            assert y + grid.side[1] <= height
+    if tiling.edge == "pad":
+        assert seen.min() >= 1
+    if tiling.overlap_px == 0:
+        assert seen.max(initial=0) <= 1
+
+
+@given(st.floats(0.2, 2.0), st.floats(0.2, 2.0), st.floats(0.2, 20.0), st.integers(32, 512))
+def test_the_stated_mpp_is_the_true_one_and_near_the_wanted_one(
+    mpp_x: Any, mpp_y: Any, wanted: Any, tile_px: Any
+) -> None:
+    assume(wanted >= max(mpp_x, mpp_y))
+    pyramid = Pyramid(((4_800, 3_200), (1_200, 800), (300, 200)), (mpp_x, mpp_y))
+    grid = cover(pyramid, Tiling(mpp=wanted, tile_px=tile_px))
+    for axis, scan in enumerate((mpp_x, mpp_y)):
+        assert grid.mpp[axis] * tile_px == pytest.approx(grid.side[axis] * scan, rel=1e-12)
+        half_a_pixel = scan / 2 / (wanted * tile_px)
+        assert (
+            abs(grid.mpp[axis] / wanted - 1) <= 0.0412 + half_a_pixel
+        )  # twice two per cent: whole factor, whole level pixel
+
+
+@given(st.floats(0.5, 40.0), st.integers(32, 512), st.integers(0, 15))
+def test_tiles_are_whole_pixels_of_the_level_they_are_read_from(wanted: Any, tile_px: Any, overlap: Any) -> None:
+    pyramid = Pyramid(((4_800, 4_800), (1_200, 1_200), (300, 300)), (0.25, 0.25))
+    grid = cover(pyramid, Tiling(mpp=wanted, tile_px=tile_px, overlap_px=overlap))
+    step = int(pyramid.downsample(grid.level)[0])
+    assert grid.downsample == (step, step)
+    assert not np.any(grid.xy % step)
+    assert grid.side[0] % step == grid.stride[0] % step == 0
+    if grid.level:
+        assert 2 * step <= wanted / 0.25 * 1.0001
+
+
+def test_a_reduced_level_is_used_only_where_its_pixels_can_be_addressed() -> None:
+    sizes = ((64_000, 64_000), (16_000, 16_000))
+    assert cover(Pyramid(sizes, (0.25, 0.25)), Tiling(mpp=2.0)).level == 1
+    assert cover(Pyramid(sizes, (0.25, 0.25), (True, False)), Tiling(mpp=2.0)).level == 0
+    assert cover(Pyramid(sizes, (0.25, 0.25)), Tiling(mpp=1.0)).level == 0  # would leave one pixel per pixel
+
+
+def test_a_0_5036_slide_gives_its_own_pixels_for_0_5() -> None:
+    grid = cover(Pyramid(((4096, 4096),), (0.5036, 0.5036)), Tiling(mpp=0.5))
+    assert grid.side == (256, 256)
+    assert grid.mpp == (0.5036, 0.5036)
+
+
+def polygons(size: Any = 100) -> Any:
+    points = st.lists(st.tuples(st.integers(-20, size + 20), st.integers(-20, size + 20)), min_size=3, max_size=7)
+    return points.map(lambda p: shapely.make_valid(shapely.Polygon(p))).filter(lambda g: g.area > 0)
+
+
+@given(polygons(), polygons(), st.integers(3, 40), st.integers(7, 40))
+def test_fractions_are_the_exact_areas(shape: Any, hole: Any, side: Any, stride: Any) -> None:
+    region = shapely.difference(shape, hole)
+    xy = [(x, y) for y in range(0, 100, stride) for x in range(0, 100, stride)]
+    grid = TileGrid(xy=np.array(xy), tile_px=side, side=(side, side), stride=(stride, stride), mpp=(1, 1))
+    brute = [shapely.intersection(region, shapely.box(x, y, x + side, y + side)).area / side**2 for x, y in xy]
+    np.testing.assert_allclose(tissue_fractions(grid, region), brute, atol=1e-5)
+
+
+def test_tiles_are_kept_by_their_fraction_and_keep_it() -> None:
+    lattice = cover(Pyramid(((40, 20),), (0.5, 0.5)), Tiling(mpp=0.5, tile_px=10))
+    region = shapely.box(0, 0, 15, 10)  # one whole tile and half of the next
+    assert lattice.keep(region, 0.6).xy.tolist() == [[0, 0]]
+    half = lattice.keep(region, 0.5)
+    assert half.xy.tolist() == [[0, 0], [10, 0]]
+    assert half.tissue.tolist() == [1.0, 0.5]
+    assert len(lattice.keep(region, 0.0)) == 2  # nothing at all is never kept
+    assert len(lattice.keep(shapely.Polygon(), 0.0)) == 0
+
+
+def test_a_grid_on_the_first_pixel_and_of_one_tile() -> None:
+    grid = cover(Pyramid(((10, 10),), (0.5, 0.5)), Tiling(mpp=0.5, tile_px=10))
+    assert grid.xy.tolist() == [[0, 0]]
+    assert len(cover(Pyramid(((9, 10),), (0.5, 0.5)), Tiling(mpp=0.5, tile_px=10))) == 0
+
+
+def test_fingerprint_tells_apart_what_gives_other_pixels() -> None:
+    base: dict[str, Any] = {
+        "xy": np.array([[0, 0], [10, 0]]),
+        "tile_px": 5,
+        "side": (10, 10),
+        "stride": (10, 10),
+        "mpp": (1.0, 1.0),
+    }
+    prints = {
+        TileGrid(**base).fingerprint,
+        TileGrid(**base | {"xy": np.array([[0, 0], [0, 10]])}).fingerprint,
+        TileGrid(**base | {"tile_px": 10}).fingerprint,
+        TileGrid(**base | {"side": (20, 10)}).fingerprint,
+        TileGrid(**base | {"level": 1, "downsample": (2, 2)}).fingerprint,
+    }
+    assert len(prints) == 5
+    assert TileGrid(**base) == TileGrid(**base)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tile_px": 0}, {"overlap_px": 256}, {"mpp": 0}, {"min_tissue": 1.5}, {"edge": "cut"}, {"mpp_tolerance": -1}],
+)
+def test_a_tiling_checks_itself(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
+        Tiling(**wrong)
+
+
+def test_values_refuse_nonsense() -> None:
+    with pytest.raises(ValueError, match="at least one pixel"):
+        Box(0, 0, 0, 5)
+    with pytest.raises(ValueError, match="whole pixels of level 1"):
+        TileGrid(np.array([[1, 0]]), 4, (8, 8), (8, 8), (1, 1), level=1, downsample=(2, 2))
+    with pytest.raises(ValueError, match="tissue fractions"):
+        TileGrid(np.array([[0, 0]]), 4, (8, 8), (8, 8), (1, 1), tissue=np.ones(2, np.float32))
