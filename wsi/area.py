@@ -1,0 +1,21 @@
+"""Area resampling: the one way this project makes pixels smaller."""
+
+import cv2
+import numpy as np
+
+from wsi.readers.base import Pixels
+
+__all__ = ["area_resize"]
+
+
+def area_resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """(H, W, 3) uint8 to ``size`` (w, h): each new pixel is the mean of the area it covers, rounded to nearest.
+
+    For whole factors this is the exact mean of whole pixels. Where a side grows (upsampling) it is cubic interpolation.
+    """
+    h, w = pixels.shape[:2]
+    if (w, h) == size:
+        return np.ascontiguousarray(pixels)
+    grows = size[0] > w or size[1] > h
+    resized = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if grows else cv2.INTER_AREA)
+    return np.asarray(resized, np.uint8)

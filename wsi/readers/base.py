@@ -1,0 +1,108 @@
+"""Reader: the protocol that every way of getting pixels follows, and what all of them share."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.grid import Box
+
+__all__ = ["RGB", "WHITE", "PerProcess", "Pixels", "Reader", "flatten", "paste"]
+
+Pixels = NDArray[np.uint8]
+RGB = tuple[int, int, int]
+WHITE: RGB = (255, 255, 255)
+
+Handle = TypeVar("Handle")
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Pixels of one slide file.
+
+    Attributes:
+        name: the reader's name as ``--reader`` takes it.
+        sizes: (width, height) of each level, sharpest first.
+        native: for each level, whether ``read`` returns its own pixels unchanged at any offset.
+        properties: what the file says of itself, as text.
+        background: colour of what was never scanned.
+        bounds: the scanned part of level 0, where the file states one.
+
+    A reader is safe to share between threads, and pickles as its path.
+    """
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    native: tuple[bool, ...]
+    properties: Mapping[str, str]
+    background: RGB
+    bounds: Box | None
+
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> Pixels:
+        """(h, w, 3) uint8 pixels of ``level``, in that level's own pixel frame; outside is background colour.
+
+        On a level that is not native only boxes that start at (0, 0) are served.
+
+        Raises:
+            ReadError: these pixels cannot be read. The next call works again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the file back. Reading afterwards opens it again."""
+        ...
+
+
+class PerProcess(Generic[Handle]):
+    """A lazily opened handle that a forked child never inherits: it opens its own.
+
+    Decoder libraries keep file offsets and error states in their handles, and sharing one across a fork returns wrong
+    pixels without an error.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = 0
+        self._handle: Handle | None = None
+
+    def get(self, opener: Callable[[], Handle]) -> Handle:
+        """The handle of this process, made by ``opener()`` if there is none."""
+        with self._lock:
+            if self._handle is None or self._owner != os.getpid():
+                self._handle, self._owner = opener(), os.getpid()
+            return self._handle
+
+    def drop(self, handle: Handle) -> None:
+        """Forget a handle that failed; it is closed when the last thread that reads from it lets go."""
+        with self._lock:
+            if self._handle is handle:
+                self._handle = None
+
+    def take(self) -> Handle | None:
+        """Remove and return this process's handle, if it has one."""
+        with self._lock:
+            handle, self._handle = self._handle, None
+            return handle if self._owner == os.getpid() else None
+
+
+def flatten(rgba: Pixels, background: RGB) -> Pixels:
+    """(h, w, 4) straight alpha over ``background``: what was never scanned has the background's colour, not black."""
+    alpha = rgba[..., 3:]
+    if alpha.min(initial=255) == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    a = alpha.astype(np.uint16)
+    mixed = (rgba[..., :3] * a + np.array(background, np.uint16) * (255 - a) + 127) // 255
+    return mixed.astype(np.uint8)
+
+
+def paste(part: Pixels, x: int, y: int, w: int, h: int, background: RGB) -> Pixels:
+    """(h, w, 3) of background colour with ``part`` laid at (x, y)."""
+    if (x, y) == (0, 0) and part.shape[:2] == (h, w):
+        return part
+    whole = np.empty((h, w, 3), np.uint8)
+    whole[...] = background
+    whole[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return whole
