@@ -1,0 +1,66 @@
+"""The few backbones that timm cannot build: one without weights, and what a user's own file makes."""
+
+import difflib
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wsi.errors import UnknownEncoderError
+
+__all__ = ["BACKBONES", "ColourMoments", "did_you_mean", "make_from_file"]
+
+
+class ColourMoments(nn.Module):
+    """The first three moments of each colour: a baseline that any learned encoder has to beat. Has no weights.
+
+    Stricker, Orengo: Similarity of color images, SPIE Storage and Retrieval for Image and Video Databases III, 1995.
+    Differs from the paper: RGB in place of HSV, values from 0 to 1.
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) → float32 (B, 9): mean, standard deviation, cube root of the third moment, each of RGB."""
+        colours = pixels.flatten(1, 2).to(torch.float32) / 255  # (B, H·W, 3)
+        mean = colours.mean(1, keepdim=True)  # (B, 1, 3)
+        off = colours - mean
+        third = off.pow(3).mean(1)  # (B, 3)
+        return torch.cat([mean.squeeze(1), off.square().mean(1).sqrt(), third.sign() * third.abs().pow(1 / 3)], dim=1)
+
+
+BACKBONES: Mapping[str, Callable[[], nn.Module]] = {"colour-moments": ColourMoments}
+
+
+def make_from_file(path: Path, attribute: str) -> tuple[str, object]:
+    """Run the user's Python file ``path`` and call ``attribute()`` of it; returns the file's sha256 and what was made.
+
+    Whatever the user's code raises comes through as it is.
+
+    Raises:
+        UnknownEncoderError: no such file, or no such function in it.
+    """
+    if not path.is_file():
+        raise UnknownEncoderError(f"{path}: no such file; FILE.py:NAME names a Python file and a function in it")
+    code_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = importlib.util.spec_from_file_location(f"_encoder_plugin_{code_sha256[:16]}", path)
+    if found is None or found.loader is None:
+        raise UnknownEncoderError(f"{path}: Python cannot import it")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
+    found.loader.exec_module(module)
+    make = getattr(module, attribute, None)
+    if not callable(make):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UnknownEncoderError(
+            f"{path}: has no function {attribute!r}{did_you_mean(attribute, there)}; has {', '.join(there) or 'none'}"
+        )
+    return code_sha256, make()
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A remark for a message: the few of ``words`` that look like ``word``; empty where none does."""
+    close = difflib.get_close_matches(word, list(words), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
