@@ -1,0 +1,203 @@
+"""wsi-extract: a folder of slides into verified feature stores."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cli.options import encoder_options, machine_options, slide_options, tiling_of, tiling_options
+from cli.progress import CohortProgress
+from cli.run import EXIT_CODES, run
+from wsi.discover import Discovery, discover
+from wsi.phantom import demo_specs, write_svs
+
+__all__ = ["extract", "main"]
+
+_DEMO_ENCODER = "colour-stats"
+
+
+@click.command(epilog=f"Exit codes: {EXIT_CODES}", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("slides", required=False)
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--demo", type=click.Path(path_type=Path), metavar="OUT",
+    help="Make four small slides in OUT, run everything on them, and say what to look at.",
+)  # fmt: skip
+@encoder_options
+@tiling_options
+@slide_options
+@machine_options
+@click.option("--dry-run", is_flag=True, help="Say how many tiles, gigabytes and minutes it would be; write nothing.")
+@click.pass_context
+def extract(context: click.Context, /, slides: str | None, out: Path | None, demo: Path | None, **values: Any) -> int:
+    """Turn the slides in SLIDES into feature stores in OUT.
+
+    SLIDES is a folder (searched with all folders below it), one slide, an address such as s3://bucket/a.svs, or a CSV with
+    a column "slide". For each slide OUT gets a Zarr group with tile places and features, a GeoJSON of its tissue that
+    QuPath opens, and a picture with outline and tiles.
+
+    Run the same command again after an interruption, or with new slides in the folder: only what is missing is done.
+    Several machines may work on one OUT at once.
+
+    \b
+    wsi-extract slides/ out/ --encoder uni2-h
+    wsi-extract slides/ out/ --encoder timm:vit_small_patch16_224 --mpp 1.0 --dry-run
+    wsi-extract --demo demo/
+    """
+    if demo is not None:
+        if slides is not None:
+            raise click.UsageError("--demo makes its own slides: give --demo OUT alone")
+        return _demo(demo, values)
+    if slides is None or out is None:
+        if context.args or slides is not None:
+            raise click.UsageError("two arguments are needed: SLIDES and OUT; or try --demo OUT")
+        click.echo(context.get_help())
+        return 2
+    if not values["encoder"]:
+        raise click.UsageError("which encoder? Give --encoder NAME; 'wsi encoders' lists them")
+    found = discover(slides, table=values["table"], pattern=values["pattern"])
+    return _dry_run(found, out, values) if values["dry_run"] else _extract(found, out, values, Console())
+
+
+def main() -> None:
+    """Entry point of ``wsi-extract``."""
+    run(extract, "wsi-extract")
+
+
+def _extract(found: Discovery, out: Path, values: dict[str, Any], console: Console) -> int:
+    from features.cohort import Report, extract_found
+
+    if not found.sources:
+        console.print("no slides found; nothing to do", highlight=False)
+    encoder, options = _encoder(values), _options(values)
+    with CohortProgress(console) as progress:
+        report: Report = extract_found(found, out, encoder, options, progress)
+    _summary(report, out, console)
+    return report.exit_code
+
+
+def _summary(report: Any, out: Path, console: Console) -> None:
+    """The table at the end: how many of what, and every failure with its code."""
+    table = Table(title=None, show_header=False, box=None, pad_edge=False)
+    done = [outcome for outcome in report.outcomes if outcome.status == "done"]
+    tiles = sum(outcome.facts["n_tiles"] for outcome in done)
+    rows = (
+        (
+            "done",
+            f"{len(done)} slides, {tiles:,} tiles in {report.seconds:.0f} s, {tiles / max(report.seconds, 1e-6):.0f} tiles/s",
+        ),
+        ("there already", f"{report.count('skipped')} slides" if report.count("skipped") else ""),
+        ("without tissue", f"{report.count('empty')} slides: complete, with no tiles" if report.count("empty") else ""),
+        (
+            "busy elsewhere",
+            f"{report.count('busy')} slides: another process works on them" if report.count("busy") else "",
+        ),
+        ("no slides", f"{report.count('ignored')} other files, passed over" if report.count("ignored") else ""),
+        ("failed", f"{report.count('failed')} slides" if report.count("failed") else ""),
+        ("results", f"{out}  (report.jsonl has a line for each slide)"),
+    )
+    for name, value in rows:
+        if value:
+            table.add_row(name, value)
+    console.print(table, highlight=False)
+    if any("+random" in o.facts.get("encoder", "") for o in report.outcomes):
+        console.print(
+            "these features come from RANDOM weights: good for trying the machinery, worthless as results",
+            style="bold red",
+        )
+    notes = [(o.slide, note) for o in report.outcomes for note in o.facts.get("notes", ())]
+    for title, lines in (
+        ("notes", notes),
+        ("failures", [(o.slide, f"{o.code}: {o.message}") for o in report.outcomes if o.status == "failed"]),
+    ):
+        if lines:
+            console.print(f"\n{title}:", highlight=False)
+        for slide, line in lines:
+            console.print(f"  {slide}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _dry_run(found: Discovery, out: Path, values: dict[str, Any]) -> int:
+    from features.encoder import EncoderRunner, load_encoder
+    from features.plan import PlannedSlide, plan_cohort
+
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def judged(slide: PlannedSlide) -> None:
+        what = f"{slide.n_tiles} tiles" if slide.code == "OK" else f"{slide.code}: {slide.message}"
+        say(f"{slide.slide}: {what}{' (there already)' if slide.done else ''}")
+
+    plan = plan_cohort(found, out, EncoderRunner(load_encoder(_encoder(values))), _options(values), judged)
+    failed = sum(slide.code != "OK" for slide in plan.slides)
+    done = sum(slide.done for slide in plan.slides)
+    time_here = f", about {_span(plan.seconds)} here" if plan.seconds is not None else ""
+    say(
+        f"{len(plan.slides)} slides: {done} there already, {failed} would fail; {plan.tiles:,} tiles to encode, "
+        f"about {plan.bytes / 1e9:.3g} GB{time_here}"
+    )
+    return 0
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _demo(out: Path, values: dict[str, Any]) -> int:
+    console = Console()
+    console.print("making slides …", highlight=False)
+    for name, spec in demo_specs():
+        path = out / "slides" / f"{name}.svs"
+        if not path.exists():
+            write_svs(path, spec)
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    values["encoder"] = values["encoder"] or _DEMO_ENCODER
+    results = out / "results"
+    code = _extract(discover(out / "slides"), results, values, console)
+    console.print(
+        f"\nLook at:\n"
+        f"  {results / 'thumbnails'}{os.sep}*.jpg      each slide with its tissue (green) and tiles (blue)\n"
+        f"  {results / 'tissue'}{os.sep}*.geojson      drag one onto its slide in QuPath: the outlines are annotations\n"
+        f"  {results / 'report.jsonl'}      what became of each slide\n"
+        f"  wsi verify {results} --deep      every byte is what was written\n"
+        f"In Python:\n"
+        f"  from features import FeatureStore\n"
+        f"  for slide in FeatureStore({str(results)!r}): print(slide, slide.features({values['encoder']!r}).numpy().shape)",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return code
+
+
+def _encoder(values: dict[str, Any]) -> Any:
+    from features.encoder import EncoderRequest
+
+    keys = ("weights", "random_seed", "revision", "offline", "device", "precision")
+    return EncoderRequest(name=values["encoder"], **{key: values[key] for key in keys})
+
+
+def _options(values: dict[str, Any]) -> Any:
+    from features.cohort import ExtractOptions
+    from features.prepare import PrepareOptions
+    from wsi.stream import default_read_threads
+
+    prepare = PrepareOptions(
+        tiling=tiling_of(values),
+        reader=values["reader"],
+        slide_mpp=values["slide_mpp"],
+        tissue_dir=values["tissue_dir"],
+        roi=values["roi"],
+    )
+    return ExtractOptions(
+        prepare=prepare,
+        batch_size=values["batch_size"],
+        read_threads=values["read_threads"] or default_read_threads(),
+        dtype=values["dtype"],
+        max_unreadable=values["max_unreadable"],
+        name=values["name"],
+    )

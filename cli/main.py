@@ -1,0 +1,29 @@
+"""wsi: the command with a verb for each thing."""
+
+import click
+
+from cli.encoders import encoders
+from cli.extract import extract
+from cli.info import info
+from cli.phantom import phantom
+from cli.remove import gc, remove
+from cli.run import EXIT_CODES, run
+from cli.verify import verify
+from wsi._version import __version__
+
+__all__ = ["main", "wsi"]
+
+
+@click.group(epilog=f"Exit codes: {EXIT_CODES}", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="wsi")
+def wsi() -> None:
+    """Whole-slide pathology: slides into feature stores, and what stands on them."""
+
+
+for verb in (extract, encoders, info, phantom, verify, remove, gc):
+    wsi.add_command(verb)
+
+
+def main() -> None:
+    """Entry point of ``wsi``."""
+    run(wsi, "wsi")

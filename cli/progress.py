@@ -1,0 +1,120 @@
+"""Progress: bars on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from wsi.discover import SlideSource
+
+if TYPE_CHECKING:
+    from features.cohort import Outcome  # would load torch for every --help
+
+__all__ = ["CohortProgress"]
+
+_LINE_EVERY_S = 30.0
+_MARKS = {"done": "done", "empty": "empty", "skipped": "there already", "busy": "busy", "failed": "FAILED"}
+
+
+class CohortProgress:
+    """Shows a cohort's progress; an ``Observer`` of ``features.cohort``.
+
+    Time left is judged by bytes of slides, the one measure of work that is known before slides are opened.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        if console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
+                console=console, transient=True,
+            )  # fmt: skip
+        self._slides: TaskID | None = None
+        self._tiles: TaskID | None = None
+        self._n_slides = self._n_finished = 0
+        self._bytes_total = self._bytes_done = self._bytes_worked = 0
+        self._tiles_run = self._tiles_slide = self._first = self._total = 0
+        self._slide_began = self._began = self._last_line = time.monotonic()
+        self._name = ""
+
+    def __enter__(self) -> "CohortProgress":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def started(self, sources: int, total_bytes: int) -> None:
+        self._n_slides, self._bytes_total = sources, total_bytes
+        self._began = self._last_line = time.monotonic()
+        if self._bars is not None:
+            self._slides = self._bars.add_task("slides", total=sources, rate="", left="")
+        else:
+            self._console.print(f"{sources} slides, {total_bytes / 1e9:.2f} GB", highlight=False)
+
+    def slide_started(self, source: SlideSource, tiles: int, first: int) -> None:
+        self._name, self._total, self._first = source.relpath, tiles, first
+        self._tiles_slide = 0
+        self._slide_began = time.monotonic()
+        if self._bars is not None:
+            if self._tiles is not None:
+                self._bars.remove_task(self._tiles)
+            self._tiles = self._bars.add_task(_short(source.relpath), total=tiles, completed=first, rate="", left="")
+
+    def tiles_done(self, count: int) -> None:
+        self._tiles_run += count
+        self._tiles_slide += count
+        now = time.monotonic()
+        rate = self._tiles_slide / max(1e-6, now - self._slide_began)
+        left_s = (self._total - self._first - self._tiles_slide) / max(rate, 1e-6)
+        if self._bars is not None and self._tiles is not None:
+            self._bars.update(self._tiles, advance=count, rate=f"{rate:.0f} tiles/s", left=_left(left_s))
+        elif now - self._last_line > _LINE_EVERY_S:
+            self._last_line = now
+            done = self._first + self._tiles_slide
+            self._line(f"{self._name}: {done} of {self._total} tiles, {rate:.0f} tiles/s, {_left(left_s)}")
+
+    def slide_finished(self, source: SlideSource, outcome: "Outcome") -> None:
+        self._n_finished += 1
+        self._bytes_done += source.bytes
+        if outcome.status in ("done", "empty"):
+            self._bytes_worked += source.bytes
+        elapsed = time.monotonic() - self._began
+        # Slides that were there already cost nothing: only the pace of those worked on says how long the rest takes.
+        left_s = (self._bytes_total - self._bytes_done) * elapsed / self._bytes_worked if self._bytes_worked else None
+        left = "" if left_s is None else _left(left_s)
+        if self._bars is not None and self._slides is not None:
+            self._bars.update(
+                self._slides, advance=1, rate=f"{self._tiles_run / max(elapsed, 1e-6):.0f} tiles/s", left=left
+            )
+        words = [_MARKS.get(outcome.status, outcome.status)]
+        if outcome.status == "done":
+            words.append(f"{outcome.facts['n_tiles']} tiles, {outcome.facts['tiles_per_s']:.0f} tiles/s")
+        if outcome.status == "failed":
+            words.append(f"{outcome.code}: {outcome.message}")
+        tail = f" ({left})" if left and self._bars is None and self._n_finished < self._n_slides else ""
+        self._line(f"[{self._n_finished}/{self._n_slides}] {source.relpath}: {', '.join(words)}{tail}")
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _left(seconds: float) -> str:
+    seconds = int(max(0.0, seconds))
+    if seconds < 60:
+        return f"{seconds} s left"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min left"
+    return f"{seconds / 3600:.1f} h left"
+
+
+def _short(path: str, length: int = 32) -> str:
+    return path if len(path) <= length else "…" + path[1 - length :]
