@@ -68,11 +68,13 @@ def main() -> None:
 
 
 def _extract(found: Discovery, out: Path, values: dict[str, Any], console: Console) -> int:
-    from features.cohort import Report, extract_found
-
     if not found.sources:
         console.print("no slides found; nothing to do", highlight=False)
-    encoder, options = _encoder(values), _options(values)
+    with console.status("loading the encoder …"):  # torch alone takes seconds
+        from features.cohort import Report, extract_found
+        from features.encoder import load_encoder
+
+        encoder, options = load_encoder(_encoder(values)), _options(values)
     with CohortProgress(console) as progress:
         report: Report = extract_found(found, out, encoder, options, progress)
     _summary(report, out, console)

@@ -223,6 +223,7 @@ def check_inside(annotations: Sequence[Annotation], size: tuple[int, int]) -> st
     )
 
 
+@np.errstate(all="ignore")  # GEOS leaves floating-point flags behind, which numpy would report as warnings
 def _share_outside(shapes: Any, size: tuple[int, int]) -> float:
     shapes = np.where(shapely.is_valid(shapes), shapes, shapely.envelope(shapes))  # near enough for a hint
     bounds = shapely.bounds(shapes)  # (N, 4): x0, y0, x1, y1

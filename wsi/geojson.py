@@ -277,6 +277,7 @@ def _coordinates(shape: Any) -> list[Any]:
             return [_coordinates(part) for part in shapely.get_parts(shape)]
 
 
+@np.errstate(all="ignore")  # GEOS leaves floating-point flags behind, which numpy would report as warnings
 def _fit(shapes: list[Any], origin: tuple[float, float]) -> tuple[Shapes, dict[int, str]]:
     """Bring shapes into the frame, onto the grid and into the numbers of a file.
 
@@ -591,6 +592,7 @@ def _annotations(document: Any, origin: tuple[float, float]) -> tuple[list[Annot
     return annotations, sorted(rejected, key=lambda rejection: rejection.index), repaired
 
 
+@np.errstate(all="ignore")  # as in _fit
 def _settle(shapes: list[Any], origin: tuple[float, float]) -> tuple[Shapes, dict[int, str]]:
     """Bring shapes into the full frame and make them valid: None where nothing is left, and what was wrong by index."""
     settled = np.empty(len(shapes), dtype=object)

@@ -166,11 +166,15 @@ def test_a_repaired_shape_covers_what_it_covered_before(folder: Path, shape: Any
     written = read_geojson(path).annotations
     found = _moved(written[0].geometry, -place, -place) if written else shapely.Polygon()
     try:
-        before = shapely.make_valid(shape, method="structure", keep_collapsed=False)
+        with np.errstate(all="ignore"):
+            before = shapely.make_valid(shape, method="structure", keep_collapsed=False)
     except shapely.GEOSException:  # it was written all the same, but nothing says what it covered
         reject()
     step = 0.5 if (shapely.get_coordinates(found) % 0.25 == 0).all() else 0.02
-    assert shapely.symmetric_difference(before, found).area <= step * (shapely.length(shape) + step)
+    # With a grid, since GEOS errs by whole parts without one where edges nearly coincide.
+    with np.errstate(all="ignore"):
+        changed = shapely.symmetric_difference(before, found, grid_size=1e-5)
+    assert changed.area <= step * (shapely.length(shape) + step)
 
 
 _stars = st.builds(
@@ -590,7 +594,7 @@ def test_qupath_fails_on_the_whole_file_and_this_reads_it_and_writes_what_qupath
 
 
 def _gz(data: bytes) -> bytes:
-    return gzip.compress(data)
+    return gzip.compress(data, mtime=0)
 
 
 def _zip(entries: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:

@@ -3,10 +3,13 @@
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +306,46 @@ class TestChoosing:
             pytest.skip("this user may read everything")
         with pytest.raises(SlideNotFoundError, match="permissions"):
             open_reader(path)
+
+
+class RangeHandler(BaseHTTPRequestHandler):
+    """Serves one file, in parts, as object stores do."""
+
+    path_served: Path
+
+    def do_HEAD(self) -> None:
+        self.respond(body=False)
+
+    def do_GET(self) -> None:
+        self.respond(body=True)
+
+    def respond(self, *, body: bool) -> None:
+        data = self.path_served.read_bytes()
+        wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(wanted[1]), min(int(wanted[2]), len(data) - 1)) if wanted else (0, len(data) - 1)
+        self.send_response(206 if wanted else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(last - first + 1))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.end_headers()
+        if body:
+            self.wfile.write(data[first : last + 1])
+
+    def log_message(self, *args: Any) -> None:
+        """Be quiet."""
+
+
+def test_a_slide_on_a_web_server_is_read_in_parts(tmp_path: Path) -> None:
+    RangeHandler.path_served = write_tiff(tmp_path / "a.tif", picture(), levels=2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), RangeHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reader = open_reader(f"http://127.0.0.1:{server.server_port}/a.tif")
+        assert reader.name == "tiffslide"
+        np.testing.assert_array_equal(reader.read(0, 33, 44, 200, 100), picture()[44:144, 33:233])
+        np.testing.assert_array_equal(reader.read(1, 10, 20, 30, 40), picture()[::2, ::2][20:60, 10:40])
+        reader.close()
+        server.shutdown()
 
 
 def test_files_and_memory_do_not_leak_over_many_openings(tmp_path: Path) -> None:

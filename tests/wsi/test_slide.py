@@ -2,6 +2,7 @@
 
 import base64
 import io
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def test_a_slide_file_is_recognised_by_its_content(tmp_path: Path) -> None:
         assert fingerprint(path) != first
         data[place] ^= 1
         path.write_bytes(data)
+
+
+def test_a_slide_pickles_by_its_path(tmp_path: Path) -> None:
+    slide = Slide.open(write_tiff(tmp_path / "a.tif", picture()), mpp=0.25)
+    data = pickle.dumps(slide)
+    assert len(data) < 2000
+    again = pickle.loads(data)
+    assert again.mpp == slide.mpp
+    np.testing.assert_array_equal(again.read(Box(8, 9, 70, 60), (35, 30)), slide.read(Box(8, 9, 70, 60), (35, 30)))
 
 
 def test_pyramid_of_a_slide_has_its_levels_and_mpp() -> None:
