@@ -41,6 +41,7 @@ __all__ = [
     "extract_found",
     "extract_slides",
     "feature_dtype",
+    "stored_identity",
 ]
 
 Status = Literal["done", "empty", "skipped", "busy", "failed", "ignored"]
@@ -247,6 +248,11 @@ def extract_cohort(
     return report()
 
 
+def stored_identity(encoder: Encoder, options: ExtractOptions) -> dict[str, Any]:
+    """What decides the vectors, under the name they are stored by."""
+    return encoder.identity | ({"name": options.name} if options.name else {})
+
+
 def feature_dtype(runner: EncoderRunner, options: ExtractOptions) -> str:
     """float32 for vectors computed in fp32, float16 for bf16 and fp16, unless the options say otherwise."""
     if options.dtype != "auto":
@@ -262,7 +268,7 @@ class _Pipeline:
         self._runner = runner
         self._options = options
         self._observer = observer
-        self._identity = runner.encoder.identity | ({"name": options.name} if options.name else {})
+        self._identity = stored_identity(runner.encoder, options)
         self._held: set[_Work] = set()
 
     def release_all(self) -> None:

@@ -129,11 +129,6 @@ class TileGrid:
         """(N, 2) column and row of each tile on the lattice."""
         return np.asarray(self.xy // np.array(self.stride), np.int64)
 
-    def boxes(self) -> NDArray[np.object_]:
-        """(N,) shapely boxes in level-0 pixels."""
-        x, y = self.xy[:, 0], self.xy[:, 1]
-        return np.asarray(shapely.box(x, y, x + self.side[0], y + self.side[1]))
-
     def keep(self, region: shapely.Geometry, min_fraction: float) -> "TileGrid":
         """The tiles of which at least ``min_fraction`` (and anything at all) lies in ``region``, with that fraction."""
         fractions = tissue_fractions(self, region)
@@ -182,7 +177,6 @@ def tissue_fractions(grid: TileGrid, region: shapely.Geometry) -> NDArray[np.flo
         return fractions.astype(np.float32)
     left, _, right, _ = region.bounds
     area = float(grid.side[0] * grid.side[1])
-    boxes = grid.boxes()
     ys, row_of = np.unique(grid.xy[:, 1], return_inverse=True)
     order = np.argsort(row_of, kind="stable")
     starts = np.searchsorted(row_of[order], np.arange(len(ys) + 1))
@@ -191,11 +185,13 @@ def tissue_fractions(grid: TileGrid, region: shapely.Geometry) -> NDArray[np.flo
         if strip.is_empty:
             continue
         tiles = order[starts[row] : starts[row + 1]]
+        x = grid.xy[tiles, 0]
+        boxes = shapely.box(x, y, x + grid.side[0], y + grid.side[1])  # a row at a time: a slide may have millions
         shapely.prepare(strip)
-        inside = shapely.covers(strip, boxes[tiles])
-        touched = shapely.intersects(strip, boxes[tiles]) & ~inside
+        inside = shapely.covers(strip, boxes)
+        touched = shapely.intersects(strip, boxes) & ~inside
         fractions[tiles[inside]] = 1.0
-        fractions[tiles[touched]] = shapely.area(shapely.intersection(strip, boxes[tiles[touched]])) / area
+        fractions[tiles[touched]] = shapely.area(shapely.intersection(strip, boxes[touched])) / area
     return np.clip(fractions, 0, 1).astype(np.float32)
 
 
