@@ -8,12 +8,15 @@ journaled shards against the disk, and goes on behind the last whole one.
 import errno
 import hashlib
 import json
+import platform
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,7 @@ def write_slide(store: FeatureStore, key: str, grid: TileGrid, provenance: Mappi
                 "grid": _grid_facts(grid),
                 "arrays": {"coords": array_facts(coords), "tissue_fraction": array_facts(tissue)},
                 "files": file_facts(staging / "group"),
-                "created_by": f"wsi-engine {__version__}",
+                "software": _software(),
                 "finished_at": _now(),
             }
             seal(group, manifest)
@@ -248,7 +251,7 @@ class FeatureWriter:
                 **provenance,
                 "arrays": {"features": array_facts(self._array), "status": array_facts(status)},
                 "files": file_facts(folder),
-                "created_by": f"wsi-engine {__version__}",
+                "software": _software(),
                 "finished_at": _now(),
             }
             seal(group, manifest)
@@ -429,6 +432,13 @@ def _runs(status: NDArray[np.uint8]) -> list[list[int]]:
 
 def _expand(runs: list[list[int]]) -> NDArray[np.uint8]:
     return np.concatenate([np.full(count, value, np.uint8) for value, count in runs])
+
+
+@cache
+def _software() -> dict[str, str]:
+    """Versions of what decides pixels, vectors and bytes."""
+    names = ("numpy", "opencv-python-headless", "openslide-bin", "tiffslide", "timm", "torch", "zarr")
+    return {"wsi-engine": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _now() -> str:

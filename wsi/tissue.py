@@ -71,7 +71,7 @@ class TissueOptions:
     min_hole_um2: float = 16_000.0
     min_width_um: float = 40.0
     pen_width_um: float = 2_000.0
-    tolerance_um: float = 4.0
+    tolerance_um: float = 6.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

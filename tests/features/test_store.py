@@ -130,6 +130,14 @@ def test_a_value_too_large_for_float16_is_marked_not_stored_as_infinity(tmp_path
     assert features.status.tolist() == [GOOD] * 4 + [NONFINITE] + [GOOD] * 16
 
 
+def test_manifests_say_what_made_them(tmp_path: Path) -> None:
+    slide = make(tmp_path).slide("a")
+    for manifest in (slide.manifest, slide.features("timm:tiny").manifest):
+        assert {"wsi-engine", "python", "torch", "zarr", "openslide-bin"} <= set(manifest["software"])
+    assert slide.features("timm:tiny").manifest["encoder"] == ENCODER
+    assert slide.features("timm:tiny").manifest["provenance"] == HOW
+
+
 def test_several_encoders_share_one_grid(tmp_path: Path) -> None:
     store = make(tmp_path)
     other = FeatureWriter(store, store.slide("a"), ENCODER | {"name": "other", "dim": 2}, HOW, dtype="float16")
