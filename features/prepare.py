@@ -10,7 +10,7 @@ import shapely
 
 from features.keys import slide_key
 from features.store import FeatureStore, SlideStore
-from features.writing import replace_slide, write_slide
+from features.writing import disk_errors, replace_slide, write_slide
 from wsi._files import write_atomically
 from wsi.annotation import Annotation, check_inside, tissue_annotations
 from wsi.discover import SlideSource
@@ -84,9 +84,10 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
             aside = replace_slide(store, key)
             notes.append(f"its outlines changed: what was there is in {aside.relative_to(store.root)}")
         gridded = grid_slide(slide, source, options)
-        write_geojson(store.root / "tissue" / f"{key}.geojson", gridded.outlines, slide.frame)
         picture = draw_overview(slide.overview(max_px=_PICTURE_PX), gridded.outlines, gridded.grid)
-        write_atomically(store.root / "thumbnails" / f"{key}.jpg", jpeg_bytes(picture))
+        with disk_errors(store.root):
+            write_geojson(store.root / "tissue" / f"{key}.geojson", gridded.outlines, slide.frame)
+            write_atomically(store.root / "thumbnails" / f"{key}.jpg", jpeg_bytes(picture))
         provenance = {"slide": _slide_facts(slide, source, key), "tissue": gridded.facts}
         return Prepared(slide, write_slide(store, key, gridded.grid, provenance), (*notes, *gridded.notes))
     except BaseException:

@@ -1,5 +1,6 @@
 """The cohort runner: everything that can be done is done, everything else is written down, nothing is done twice."""
 
+import errno
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from features.plan import plan_cohort
 from tests.wsi.test_readers import corrupt_one_tile, write_tiff
 from wsi import Annotation, Slide, Tiling, read_geojson, write_geojson
 from wsi.discover import SlideSource, discover
-from wsi.errors import DeviceError, UsageError
+from wsi.errors import DeviceError, DiskFullError, UsageError
 from wsi.geojson import Frame
 
 ROOT = Path(__file__).parents[2]
@@ -303,6 +304,21 @@ def test_a_fault_of_the_machine_stops_the_run_and_leaves_no_lease(
     assert (tmp_path / "out" / "report.jsonl").exists()
     monkeypatch.undo()
     assert extract_slides(tmp_path / "slides", tmp_path / "out", ENCODER, OPTIONS).count("done") == 3
+
+
+def test_a_disk_that_fills_while_a_slide_is_prepared_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = slide_file(tmp_path / "a.tif")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("features.prepare.write_geojson", full)
+    with pytest.raises(DiskFullError, match="nothing finished is lost"):
+        extract_slides(path, tmp_path / "out", ENCODER, OPTIONS)
+    monkeypatch.undo()
+    assert extract_slides(path, tmp_path / "out", ENCODER, OPTIONS).count("done") == 1
 
 
 def test_a_slide_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
