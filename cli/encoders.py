@@ -1,8 +1,9 @@
 """wsi encoders: which encoders are known by name."""
 
 import click
-from rich.console import Console
 from rich.table import Table
+
+from cli.console import PatientConsole
 
 __all__ = ["encoders"]
 
@@ -18,5 +19,5 @@ def encoders() -> int:
     for spec in known_encoders():
         mpp = "any" if spec.mpp is None else f"{spec.mpp:g}"
         table.add_row(spec.name, str(spec.dim), f"{spec.tile_px} px", mpp, spec.hub_id or "none needed", spec.licence)
-    Console().print(table, highlight=False)
+    PatientConsole().print(table, highlight=False)
     return 0

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
+from cli.console import PatientConsole
 from cli.options import encoder_options, machine_options, slide_options, tiling_of, tiling_options
 from cli.progress import CohortProgress
 from cli.run import EXIT_CODES, run
 from wsi.discover import Discovery, discover
 from wsi.phantom import demo_specs, write_svs
+from wsi.readers import is_remote
 
 __all__ = ["extract", "main"]
 
@@ -58,8 +60,10 @@ def extract(context: click.Context, /, slides: str | None, out: Path | None, dem
         return 2
     if not values["encoder"]:
         raise click.UsageError("which encoder? Give --encoder NAME; 'wsi encoders' lists them")
+    if not is_remote(slides) and Path(slides).resolve() == out.resolve():
+        raise click.UsageError(f"OUT must be another folder than SLIDES, such as {out / 'features'}")
     found = discover(slides, table=values["table"], pattern=values["pattern"])
-    return _dry_run(found, out, values) if values["dry_run"] else _extract(found, out, values, Console())
+    return _dry_run(found, out, values) if values["dry_run"] else _extract(found, out, values, PatientConsole())
 
 
 def main() -> None:
@@ -67,9 +71,7 @@ def main() -> None:
     run(extract, "wsi-extract")
 
 
-def _extract(found: Discovery, out: Path, values: dict[str, Any], console: Console) -> int:
-    if not found.sources:
-        console.print("no slides found; nothing to do", highlight=False)
+def _extract(found: Discovery, out: Path, values: dict[str, Any], console: PatientConsole) -> int:
     with console.status("loading the encoder …"):  # torch alone takes seconds
         from features.cohort import Report, extract_found
         from features.encoder import load_encoder
@@ -81,7 +83,7 @@ def _extract(found: Discovery, out: Path, values: dict[str, Any], console: Conso
     return report.exit_code
 
 
-def _summary(report: Any, out: Path, console: Console) -> None:
+def _summary(report: Any, out: Path, console: PatientConsole) -> None:
     """The table at the end: how many of what, and every failure with its code."""
     table = Table(title=None, show_header=False, box=None, pad_edge=False)
     done = [outcome for outcome in report.outcomes if outcome.status == "done"]
@@ -125,7 +127,7 @@ def _dry_run(found: Discovery, out: Path, values: dict[str, Any]) -> int:
     from features.encoder import EncoderRunner, load_encoder
     from features.plan import PlannedSlide, plan_cohort
 
-    console = Console()
+    console = PatientConsole()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -140,9 +142,9 @@ def _dry_run(found: Discovery, out: Path, values: dict[str, Any]) -> int:
     time_here = f", about {_span(plan.seconds)} here" if plan.seconds is not None else ""
     say(
         f"{len(plan.slides)} slides: {done} there already, {failed} would fail; {plan.tiles:,} tiles to encode, "
-        f"about {plan.bytes / 1e9:.3g} GB{time_here}"
+        f"about {decimal(plan.bytes)}{time_here}"
     )
-    return 0
+    return 0 if not failed else 4 if failed == len(plan.slides) else 3
 
 
 def _span(seconds: float) -> str:
@@ -152,7 +154,7 @@ def _span(seconds: float) -> str:
 
 
 def _demo(out: Path, values: dict[str, Any]) -> int:
-    console = Console()
+    console = PatientConsole()
     console.print("making slides …", highlight=False)
     for name, spec in demo_specs():
         path = out / "slides" / f"{name}.svs"

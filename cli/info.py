@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from cli.console import PatientConsole
 from cli.options import MppType
 
 __all__ = ["info"]
@@ -17,7 +17,7 @@ __all__ = ["info"]
 @click.option("--properties", is_flag=True, help="Everything the file says of itself.")
 def info(path: str, slide_mpp: tuple[float, float] | None, properties: bool) -> int:
     """Say what PATH is: a slide's size, resolution and format, or the slides and features of a store."""
-    console = Console()
+    console = PatientConsole()
     if (Path(path) / "wsi-store.json").is_file():
         _store(Path(path), console)
     else:
@@ -25,7 +25,7 @@ def info(path: str, slide_mpp: tuple[float, float] | None, properties: bool) -> 
     return 0
 
 
-def _slide(path: str, slide_mpp: tuple[float, float] | None, console: Console, properties: bool) -> None:
+def _slide(path: str, slide_mpp: tuple[float, float] | None, console: PatientConsole, properties: bool) -> None:
     from wsi.slide import Slide
 
     with Slide.open(path, mpp=slide_mpp) as slide:
@@ -49,7 +49,7 @@ def _slide(path: str, slide_mpp: tuple[float, float] | None, console: Console, p
             _print(dict(sorted(slide.properties.items())), console)
 
 
-def _store(root: Path, console: Console) -> None:
+def _store(root: Path, console: PatientConsole) -> None:
     from features.store import FeatureStore
 
     store = FeatureStore(root)
@@ -62,7 +62,7 @@ def _store(root: Path, console: Console) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def _print(rows: dict[str, str], console: Console) -> None:
+def _print(rows: dict[str, str], console: PatientConsole) -> None:
     width = max(len(key) for key in rows)
     for key, value in rows.items():
         console.print(f"{key:{width}}  {value}", markup=False, highlight=False, soft_wrap=True)

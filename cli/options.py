@@ -58,7 +58,7 @@ tiling_options = _stack(
     ),
     click.option(
         "--min-tissue", type=click.FloatRange(0, 1), default=_DEFAULT.min_tissue, show_default=True,
-        help="Keep a tile when at least this fraction of it is tissue.",
+        help="Keep a tile when at least this fraction of it is tissue; 0 keeps all that touch tissue.",
     ),
     click.option(
         "--edge", type=click.Choice(["drop", "pad"]), default=_DEFAULT.edge, show_default=True,
@@ -92,7 +92,7 @@ slide_options = _stack(
     ),
     click.option(
         "--tissue", "tissue_dir", type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Folder of GeoJSON outlines, such as OUT/tissue after editing in QuPath, to use instead of finding tissue.",
+        help="Folder of GeoJSON outlines to use instead of finding tissue: OUT/tissue, edited in QuPath, or copies of it.",
     ),
     click.option(
         "--roi", type=click.Path(exists=True, path_type=Path),

@@ -25,8 +25,11 @@ __all__ = ["phantom"]
     show_default=True,
     help="Compression, as Aperio has it.",
 )
-def phantom(path: Path, width: int, height: int, mpp: float, seed: int, codec: Codec) -> int:
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def phantom(path: Path, force: bool, width: int, height: int, mpp: float, seed: int, codec: Codec) -> int:
     """Make a slide that looks like H&E, in Aperio's format, at PATH; for trials where no slides are at hand."""
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} is there already; choose another name, or --force")
     write_svs(path, PhantomSpec(width=width, height=height, mpp=mpp, seed=seed), codec=codec)
     click.echo(f"{path}: {width} x {height} px, {path.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -10,7 +10,7 @@ from types import FrameType
 
 import click
 
-from wsi.errors import EnvironmentFaultError, SlideNotFoundError, UsageError, WsiError
+from wsi.errors import EnvironmentFaultError, StoreCorruptError, UnknownEncoderError, WsiError
 
 __all__ = ["EXIT_CODES", "Terminated", "run"]
 
@@ -40,12 +40,14 @@ def _run(command: click.Command, name: str) -> int:
         return _say("stopped; run the same command again to go on", 130)
     except Terminated:
         return _say("stopped by SIGTERM; run the same command again to go on", 143)
-    except (UsageError, SlideNotFoundError) as error:
+    except UnknownEncoderError as error:
         return _say(str(error), 2, error.code)
     except EnvironmentFaultError as error:
         return _say(str(error), 5, error.code)
-    except WsiError as error:
-        return _say(str(error), 4, error.code)
+    except StoreCorruptError as error:
+        return _say(str(error), 3, error.code)
+    except WsiError as error:  # whatever else it is, it is about what was named on the command line
+        return _say(str(error), 2, error.code)
     except BrokenPipeError:
         return 0  # the reader of a pipe, such as head, has seen enough
     return result if isinstance(result, int) else 0

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.progress import track
 
+from cli.console import PatientConsole
 from features.store import FeatureStore, Problem
 
 __all__ = ["verify"]
@@ -19,7 +19,7 @@ def verify(out: Path, deep: bool) -> int:
 
     Exit code 0: all is well. 3: something is damaged or missing; each is a line "slide, part, what is wrong".
     """
-    console = Console()
+    console = PatientConsole()
     store = FeatureStore(out)
     problems: list[Problem] = []
     for key in track(store.keys, "verifying", console=console, transient=True, disable=not console.is_terminal):

@@ -19,6 +19,7 @@ __all__ = [
     "check_files",
     "create_array",
     "file_facts",
+    "manifest_digest",
     "manifest_of",
     "open_array",
     "read_rows",
@@ -135,7 +136,7 @@ def check_files(folder: Path, promised: Mapping[str, Mapping[str, object]], *, d
 
 def seal(group: zarr.Group, manifest: Mapping[str, Any]) -> None:
     """Write a manifest into a group, with a digest of itself: the last thing before a folder is renamed into place."""
-    group.attrs["wsi"] = {**manifest, "complete": True, "manifest_sha256": _manifest_digest(manifest)}
+    group.attrs["wsi"] = {**manifest, "complete": True, "manifest_sha256": manifest_digest(manifest)}
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:
@@ -148,18 +149,23 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / "zarr.json").read_bytes())["attributes"]["wsi"]
         promised = manifest.pop("manifest_sha256")
         complete = manifest.pop("complete")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.exists():
+            return None
+        raise StoreCorruptError(
+            f"{folder}: zarr.json is missing; take the slide out with wsi remove and run again"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreCorruptError(
             f"{folder}: zarr.json is damaged; take the slide out with wsi remove and run again"
         ) from error
-    if complete is not True or promised != _manifest_digest(manifest):
+    if complete is not True or promised != manifest_digest(manifest):
         raise StoreCorruptError(f"{folder}: the manifest is damaged; take the slide out with wsi remove and run again")
     return dict(manifest)
 
 
-def _manifest_digest(manifest: Mapping[str, object]) -> str:
+def manifest_digest(manifest: Mapping[str, object]) -> str:
+    """sha256 of a manifest, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

@@ -23,12 +23,15 @@ from features.writing import FeatureWriter, check_encoder, check_writable, sweep
 from wsi._files import write_atomically
 from wsi.discover import Discovery, SlideSource, discover
 from wsi.errors import (
+    EncoderChangedError,
     EnvironmentFaultError,
     SlideBusyError,
     StoreCorruptError,
     TooManyBadTilesError,
+    UsageError,
     WsiError,
 )
+from wsi.readers import is_remote
 from wsi.stream import TileBatch, TileStream, default_read_threads
 
 __all__ = [
@@ -168,7 +171,7 @@ def extract_slides(
     encoder: str | EncoderRequest | Encoder,
     options: ExtractOptions | None = None,
     *,
-    table: Path | None = None,
+    table: str | Path | None = None,
     pattern: str | None = None,
     observer: Observer | None = None,
 ) -> Report:
@@ -184,6 +187,9 @@ def extract_slides(
         UsageError, SlideNotFoundError: nothing has been touched.
         EnvironmentFaultError: the run cannot begin, or go on.
     """
+    if not is_remote(slides) and Path(slides).resolve() == Path(out).resolve():
+        raise UsageError(f"{out}: OUT must be another folder than SLIDES, such as {Path(out) / 'features'}")
+    table = None if table is None else Path(table)
     return extract_found(discover(slides, table=table, pattern=pattern), Path(out), encoder, options, observer)
 
 
@@ -196,6 +202,8 @@ def extract_found(
 ) -> Report:
     """``extract_slides`` for slides that were looked for already."""
     options = options or ExtractOptions()
+    if not found.sources:
+        raise UsageError(f"no slides found ({len(found.unlisted)} other files); check SLIDES, --slides and --pattern")
     if not isinstance(encoder, Encoder):
         encoder = load_encoder(EncoderRequest(encoder) if isinstance(encoder, str) else encoder)
     check_writable(out)
@@ -394,6 +402,12 @@ class _Pipeline:
             return None
         if not check_encoder(slide, self._identity):
             return None
+        stored = slide.features(self._identity["name"]).manifest["arrays"]["features"]["dtype"]
+        if self._options.dtype not in ("auto", stored):
+            raise EncoderChangedError(
+                f"{slide.path}: holds these features as {stored}, not {self._options.dtype}; write to another OUT, or under "
+                f"another name with --name"
+            )
         for problem in slide.verify():
             raise StoreCorruptError(
                 f"{slide.path}: {problem.part}: {problem.what}; take the slide out with wsi remove and run again"

@@ -4,13 +4,14 @@ import difflib
 import hashlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from wsi.errors import UnknownEncoderError
+from wsi.errors import ModelMismatchError, UnknownEncoderError
 
 __all__ = ["BACKBONES", "ColourMoments", "did_you_mean", "make_from_file"]
 
@@ -37,10 +38,9 @@ BACKBONES: Mapping[str, Callable[[], nn.Module]] = {"colour-moments": ColourMome
 def make_from_file(path: Path, attribute: str) -> tuple[str, object]:
     """Run the user's Python file ``path`` and call ``attribute()`` of it; returns the file's sha256 and what was made.
 
-    Whatever the user's code raises comes through as it is.
-
     Raises:
         UnknownEncoderError: no such file, or no such function in it.
+        ModelMismatchError: the user's code failed; the message has its last line and where that is.
     """
     if not path.is_file():
         raise UnknownEncoderError(f"{path}: no such file; FILE.py:NAME names a Python file and a function in it")
@@ -50,14 +50,26 @@ def make_from_file(path: Path, attribute: str) -> tuple[str, object]:
         raise UnknownEncoderError(f"{path}: Python cannot import it")
     module = importlib.util.module_from_spec(found)
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
-    found.loader.exec_module(module)
+    _run(lambda: found.loader.exec_module(module) if found.loader else None, path)
     make = getattr(module, attribute, None)
     if not callable(make):
         there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UnknownEncoderError(
             f"{path}: has no function {attribute!r}{did_you_mean(attribute, there)}; has {', '.join(there) or 'none'}"
         )
-    return code_sha256, make()
+    return code_sha256, _run(make, path)
+
+
+def _run(code: Callable[[], object], path: Path) -> object:
+    """Run the user's code; whatever it raises, an attempt to leave the process included, becomes one line."""
+    try:
+        return code()
+    except (Exception, SystemExit) as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
+        where = f"{path} line {line}" if line else str(path)
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise ModelMismatchError(f"{where}: the plug-in failed: {type(error).__name__}: {reason}") from error
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

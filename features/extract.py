@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from features.encoder import EncoderRunner
+from features.encoder import Encoder, EncoderRunner
 from features.store import GOOD, NONFINITE, UNREADABLE
 from wsi.grid import TileGrid
 from wsi.slide import Slide
@@ -37,12 +37,13 @@ def encode_batch(batch: TileBatch, runner: EncoderRunner, sink: RowSink) -> None
 
 
 def encode_slide(
-    slide: Slide, grid: TileGrid, runner: EncoderRunner, *, batch_size: int = 64, threads: int | None = None
+    slide: Slide, grid: TileGrid, encoder: Encoder | EncoderRunner, *, batch_size: int = 64, threads: int | None = None
 ) -> NDArray[np.float32]:
     """(N, D) vectors of a slide's tiles in memory, for a notebook; NaN where a tile could not be read.
 
     ``features.cohort.extract`` does the same into a store, resumable.
     """
+    runner = encoder if isinstance(encoder, EncoderRunner) else EncoderRunner(encoder)
     rows = _Rows(len(grid), runner.encoder.dim)
     stream = TileStream(slide, grid, batch_size=batch_size, threads=threads or default_read_threads())
     for batch in stream:

@@ -16,7 +16,7 @@ from wsi.annotation import Annotation, check_inside, tissue_annotations
 from wsi.discover import SlideSource
 from wsi.errors import SourceChangedError, UsageError
 from wsi.geojson import read_geojson, write_geojson
-from wsi.grid import TileGrid, Tiling, cover
+from wsi.grid import TileGrid, Tiling
 from wsi.picture import draw_overview, jpeg_bytes
 from wsi.readers import is_remote
 from wsi.slide import Slide, fingerprint, region_of
@@ -76,20 +76,25 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
     """
     slide = Slide.open(source.location, mpp=options.slide_mpp, csv_mpp=source.mpp, reader=options.reader)
     try:
-        notes: list[str] = []
         existing = store.find(key)
-        if existing is not None:
-            if is_current(existing, source, options):
-                return Prepared(slide, existing, tuple(_mpp_notes(slide, existing.grid, options.tiling)))
-            aside = replace_slide(store, key)
-            notes.append(f"its outlines changed: what was there is in {aside.relative_to(store.root)}")
+        if existing is not None and is_current(existing, source, options):
+            return Prepared(slide, existing, tuple(_mpp_notes(slide, existing.grid, options.tiling)))
         gridded = grid_slide(slide, source, options)
         picture = draw_overview(slide.overview(max_px=_PICTURE_PX), gridded.outlines, gridded.grid)
+        outlines = store.root / "tissue" / f"{key}.geojson"
         with disk_errors(store.root):
-            write_geojson(store.root / "tissue" / f"{key}.geojson", gridded.outlines, slide.frame)
+            if gridded.facts.get("file") != str(outlines):  # else a person edits the very file, which is theirs then
+                write_geojson(outlines, gridded.outlines, slide.frame)
             write_atomically(store.root / "thumbnails" / f"{key}.jpg", jpeg_bytes(picture))
-        provenance = {"slide": _slide_facts(slide, source, key), "tissue": gridded.facts}
-        return Prepared(slide, write_slide(store, key, gridded.grid, provenance), (*notes, *gridded.notes))
+        provenance = {
+            "slide": _slide_facts(slide, source, key),
+            "tissue": gridded.facts | {"geojson_sha256": _digest(outlines)},
+        }
+        notes = gridded.notes
+        if existing is not None:  # last, so that whatever failed above has cost nothing
+            aside = replace_slide(store, key).relative_to(store.root)
+            notes = (f"made anew for other outlines, region or resolution; what was there is in {aside}", *notes)
+        return Prepared(slide, write_slide(store, key, gridded.grid, provenance), notes)
     except BaseException:
         slide.close()
         raise
@@ -97,17 +102,19 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
 
 def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gridded:
     """Tissue and tiles of an open slide. Nothing is written."""
-    lattice = cover(
-        slide.pyramid, options.tiling
-    )  # first: a scan that is too coarse is refused before any pixel is read
+    lattice = slide.lattice(options.tiling)  # first: a scan that is too coarse is refused before any pixel is read
     given = _given_file(options.tissue_dir, source)
-    roi_file = options.roi if options.roi is None or options.roi.is_file() else _given_file(options.roi, source)
+    roi_file = _roi_file(options.roi, source)
     if options.roi is not None and roi_file is None:
         raise UsageError(
             f"{options.roi}: holds no region of interest for {source.relpath} (looked for {source.relpath}.geojson)"
         )
     notes = _mpp_notes(slide, lattice, options.tiling)
+    if not len(lattice):
+        notes.append("the slide is smaller than one tile; --edge pad takes it all the same")
     if given is None:
+        if options.tissue_dir is not None:
+            notes.append(f"no outlines for it in {options.tissue_dir}: tissue was looked for")
         outlines = slide.tissue(options.tissue)
         facts: dict[str, Any] = {"source": "found", "options": asdict(options.tissue)}
     else:
@@ -138,11 +145,13 @@ def is_current(stored: SlideStore, source: SlideSource, options: PrepareOptions)
     if stated is not None and tuple(about["mpp"]) != stated:
         return False
     given = _given_file(options.tissue_dir, source)
-    if given is not None and _digest(given) != tissue.get("sha256"):
+    if given is not None and _digest(given) not in (tissue.get("sha256"), tissue["geojson_sha256"]):
         return False
     if tissue["source"] == "found" and tissue["options"] != asdict(options.tissue):
         return False
-    roi = options.roi if options.roi is None or options.roi.is_file() else _given_file(options.roi, source)
+    roi = _roi_file(options.roi, source)
+    if options.roi is not None and roi is None:
+        return False
     return bool((None if roi is None else _digest(roi)) == tissue.get("roi_sha256"))
 
 
@@ -193,6 +202,10 @@ def _mpp_notes(slide: Slide, grid: TileGrid, tiling: Tiling) -> list[str]:
     return notes
 
 
+def _roi_file(roi: Path | None, source: SlideSource) -> Path | None:
+    return roi if roi is None or roi.is_file() else _given_file(roi, source)
+
+
 def _given_file(folder: Path | None, source: SlideSource) -> Path | None:
     """The GeoJSON for a slide in a folder of them: by store key, relative path, file name, or stem, in this order.
 
@@ -228,6 +241,8 @@ def _read_outlines(path: Path, slide: Slide) -> tuple[tuple[Annotation, ...], li
     kept = [a.geometry for a in contents.annotations if a.class_name != IGNORED_CLASS]
     cut = [a.geometry for a in contents.annotations if a.class_name == IGNORED_CLASS]
     pieces = shapely.get_parts(shapely.difference(shapely.union_all(kept), shapely.union_all(cut)))
+    if contents.annotations and not any(piece.geom_type == "Polygon" for piece in pieces):
+        remarks.append(f"{path.name}: none of its {len(contents.annotations)} shapes has an area")
     polygons: Sequence[shapely.Polygon] = [piece for piece in pieces if piece.geom_type == "Polygon"]
     return tissue_annotations(polygons, slide.mpp.xy), remarks
 

@@ -183,8 +183,7 @@ class SlideStore:
                 problems.append(Problem(self.key, folder.name, str(error)))
                 continue
             if manifest is None:
-                problems.append(Problem(self.key, folder.name, "zarr.json is missing"))
-                continue
+                continue  # it went away meanwhile
             found = [Problem(self.key, folder.name, what) for what in check_files(folder, manifest["files"], deep=deep)]
             if manifest["grid_fingerprint"] != self.manifest["grid"]["fingerprint"]:
                 found.append(Problem(self.key, folder.name, "features belong to another grid"))
@@ -248,8 +247,8 @@ class FeatureStore:
         except NotExtractedError:
             facts = {"format": "wsi-store", "version": FORMAT_VERSION, "tiling": asdict(tiling)}
             facts["created_by"] = f"wsi-engine {__version__}"
-            write_atomically(root / _NAME, json.dumps(facts, indent=1).encode())
             (root / "slides").mkdir(parents=True, exist_ok=True)
+            write_atomically(root / _NAME, json.dumps(facts, indent=1).encode())
             return cls(root)
         if store.tiling != tiling:
             mine, theirs = asdict(tiling), asdict(store.tiling)
@@ -269,6 +268,8 @@ class FeatureStore:
     def keys(self) -> tuple[str, ...]:
         """Keys of all slides, sorted."""
         folder = self.root / "slides"
+        if not folder.is_dir():
+            raise StoreCorruptError(f"{folder}: the folder of slides is missing; restore it, or write to another OUT")
         return tuple(
             sorted(p.name.removesuffix(".zarr") for p in folder.iterdir() if p.suffix == ".zarr" and p.is_dir())
         )
@@ -302,7 +303,7 @@ class FeatureStore:
         """The slide of this key, relative path, file name or stem; see ``key_of``."""
         found = self.find(self.key_of(name))
         if found is None:
-            raise StoreCorruptError(f"{self.root}: the manifest of {name} is missing; run wsi verify")
+            raise NotExtractedError(f"{self.root}: {name} was taken out meanwhile")
         return found
 
     def __iter__(self) -> Iterator[SlideStore]:
@@ -324,7 +325,7 @@ class FeatureStore:
             found = self.find(key)
         except StoreCorruptError as error:
             return [Problem(key, "grid", str(error))]
-        return [Problem(key, "grid", "zarr.json is missing")] if found is None else found.verify(deep=deep)
+        return [] if found is None else found.verify(deep=deep)
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.root}: {len(self)} slides, {self.tiling.tile_px} px at {self.tiling.mpp:g} mpp>"

@@ -29,6 +29,7 @@ from features.arrays import (
     array_facts,
     create_array,
     file_facts,
+    manifest_digest,
     manifest_of,
     open_array,
     read_rows,
@@ -176,7 +177,8 @@ class FeatureWriter:
         self._provenance = dict(provenance)
         self._final = slide.encoder_path(str(encoder["name"]))
         self._n, dim, self._dtype = len(slide.grid), int(encoder["dim"]), np.dtype(dtype)
-        work = [self._encoder, provenance.get("precision"), slide.manifest["grid"]["fingerprint"], self._n, dtype]
+        # The slide's manifest names its file, grid and reader: rows of one file are never continued with another's.
+        work = [self._encoder, provenance.get("precision"), dtype, manifest_digest(slide.manifest)]
         self._facts = json.loads(json.dumps(work))  # as it will read back from the journal
         name = hashlib.sha256(f"{slide.key}/{self._final.name}".encode()).hexdigest()[:20]
         with disk_errors(store.root):
@@ -323,16 +325,12 @@ def disk_errors(root: Path) -> Iterator[None]:
 def _publish(folder: Path, final: Path) -> None:
     """Make ``folder`` durable and rename it to ``final``; if ``final`` is there already, keep what is there."""
     fsync_tree(folder)
-    final.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.rename(final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if manifest_of(final) is None:
-            raise StoreCorruptError(
-                f"{final}: a folder without a manifest is in the way; delete it and run again"
-            ) from error
+        manifest_of(final)  # raises where what is in the way is damaged
     fsync_folder(final.parent)
 
 

@@ -84,6 +84,8 @@ def discover(slides: str | Path, *, table: Path | None = None, pattern: str | No
     root = Path(slides)
     if not root.exists():
         raise SlideNotFoundError(f"{root}: there is no such file or folder")
+    if (root / _STORE_FILE).exists():
+        raise UsageError(f"{root}: this folder is a feature store; name the folder of slides")
     if table is not None:
         found = Discovery(tuple(read_table(table, root=root if root.is_dir() else root.parent)))
     elif root.is_dir():
@@ -115,9 +117,15 @@ def read_table(path: Path, *, root: Path) -> Iterator[SlideSource]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a UTF-8 text table") from error
     header = text.split("\n", 1)[0]
-    reader = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=header.count))
-    if "slide" not in (reader.fieldnames or ()):
-        raise UsageError(f"{path}: needs a column 'slide'; it has: {', '.join(reader.fieldnames or ()) or 'nothing'}")
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    names = [name.strip() for name in reader.fieldnames or ()]
+    names = [name.lower() if name.lower() in ("slide", "mpp") else name for name in names]
+    reader.fieldnames = names
+    if names.count("slide") != 1 or names.count("mpp") > 1:
+        raise UsageError(
+            f"{path}: needs one column 'slide', and one 'mpp' at most; it has: {', '.join(names) or 'nothing'}"
+        )
     seen: set[str] = set()
     for row in reader:
         name = (row.pop("slide") or "").strip()
@@ -164,7 +172,7 @@ def _scan(root: Path) -> Discovery:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except PermissionError:
-            unlisted.append(Unlisted(_rel(folder, root), "the folder may not be read"))
+            sources.append(SlideSource(folder, _rel(folder, root)))  # fails by name: nobody knows what is in it
             return
         files: list[Path] = []
         for entry in entries:
@@ -174,7 +182,10 @@ def _scan(root: Path) -> Discovery:
             try:
                 facts = entry.stat()
             except OSError:
-                unlisted.append(Unlisted(_rel(path, root), "a link that leads nowhere"))
+                if _suffix_says_slide(path):
+                    sources.append(SlideSource(path, _rel(path, root)))  # fails by name: it is meant to be a slide
+                else:
+                    unlisted.append(Unlisted(_rel(path, root), "a link that leads nowhere"))
                 continue
             identity = (facts.st_dev, facts.st_ino)
             if identity in seen:  # a loop of links, or a second name for the same file

@@ -62,8 +62,8 @@ class Tiling:
             raise ValueError(f"min_tissue must be from 0 to 1, got {self.min_tissue}")
         if self.edge not in ("drop", "pad") or self.holes not in ("drop", "keep"):
             raise ValueError(f"edge is drop or pad, holes is drop or keep; got {self.edge}, {self.holes}")
-        if self.mpp_tolerance < 0:
-            raise ValueError(f"mpp_tolerance must not be negative, got {self.mpp_tolerance}")
+        if not 0 <= self.mpp_tolerance < float("inf"):
+            raise ValueError(f"mpp_tolerance must be a number from 0, got {self.mpp_tolerance}")
 
 
 @dataclass(frozen=True, eq=False)

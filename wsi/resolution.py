@@ -35,9 +35,12 @@ class Mpp:
 
 def parse_mpp(text: str) -> tuple[float, float]:
     """``"0.25"`` or ``"0.25,0.26"`` (x, y) as two positive numbers; ValueError otherwise."""
-    values = [float(part) for part in re.split(r"[,;x ]+", text.strip()) if part]
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
     if len(values) not in (1, 2) or not all(0 < value < float("inf") for value in values):
-        raise ValueError(f"not a resolution: {text!r}; write 0.25, or 0.25,0.26 for x,y")
+        raise ValueError(f"{text!r} is not a resolution; write 0.25, or 0.25,0.26 for x,y")
     return values[0], values[-1]
 
 

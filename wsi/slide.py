@@ -14,7 +14,7 @@ import shapely
 
 from wsi.annotation import Annotation, tissue_annotations
 from wsi.area import area_resize
-from wsi.errors import ReadError, SlideNotFoundError, UnsupportedPixelError
+from wsi.errors import ReadError, SlideNotFoundError, TooCoarseError, UnsupportedPixelError, UsageError
 from wsi.geojson import Frame
 from wsi.grid import Box, TileGrid, Tiling, cover
 from wsi.pyramid import Pyramid
@@ -79,7 +79,7 @@ class Slide:
         """
         opened = open_reader(location, reader)
         name = str(location).rsplit("/", 1)[-1] if is_remote(location) else Path(location).name
-        flag = (float(mpp), float(mpp)) if isinstance(mpp, int | float) else mpp
+        flag = None if mpp is None else _checked_mpp(mpp)
         resolved = resolve_mpp(opened.properties, slide=str(location), flag=flag, csv=csv_mpp)
         return cls(opened, name=name, path=location if is_remote(location) else Path(location), mpp=resolved)
 
@@ -89,7 +89,7 @@ class Slide:
     ) -> "Slide":
         """A slide from (H, W, 3) uint8 pixels in memory, or several levels of it, sharpest first."""
         arrays = [levels] if isinstance(levels, np.ndarray) else list(levels)
-        xy = (float(mpp), float(mpp)) if isinstance(mpp, int | float) else mpp
+        xy = _checked_mpp(mpp)
         return cls(ArrayReader(arrays), name=name, path=None, mpp=Mpp(*xy, "flag"))
 
     @cached_property
@@ -147,8 +147,8 @@ class Slide:
         Raises:
             ReadError: more than half of the slide cannot be read.
         """
-        if (mpp is None) == (max_px is None):
-            raise ValueError("give either mpp or max_px")
+        if (mpp is None) == (max_px is None) or not (mpp or max_px or 0) > 0:
+            raise ValueError(f"give either mpp or max_px, and a positive number; got {mpp} and {max_px}")
         width, height = self.size
         if max_px is not None:
             factor = (max(1.0, max(width, height) / max_px),) * 2
@@ -185,6 +185,17 @@ class Slide:
             polygons = tuple(part for part in shapely.get_parts(union) if part.geom_type == "Polygon")
         return tissue_annotations(polygons, self.mpp.xy)
 
+    def lattice(self, tiling: Tiling) -> TileGrid:
+        """Every tile that ``tiling`` puts on this slide, tissue or not.
+
+        Raises:
+            TooCoarseError: the scan is too coarse for the wanted mpp.
+        """
+        try:
+            return cover(self.pyramid, tiling)
+        except TooCoarseError as error:
+            raise TooCoarseError(f"{self.path or self.name}: {error}") from None
+
     def grid(
         self,
         tiling: Tiling | None = None,
@@ -199,7 +210,7 @@ class Slide:
             roi: only what lies inside these regions counts.
         """
         tiling = tiling or Tiling()
-        lattice = cover(self.pyramid, tiling)
+        lattice = self.lattice(tiling)
         outlines = self.tissue() if tissue is None else tissue
         return lattice.keep(region_of(outlines, roi, holes=tiling.holes), tiling.min_tissue)
 
@@ -245,6 +256,17 @@ class Slide:
             f"<figure style='margin:0'><figcaption><b>{html.escape(self.name)}</b></figcaption>"
             f"<img alt='thumbnail' src='data:image/png;base64,{picture}'><table>{table}</table></figure>"
         )
+
+
+def _checked_mpp(mpp: float | tuple[float, float]) -> tuple[float, float]:
+    try:
+        x, y = mpp if isinstance(mpp, tuple | list) else (mpp, mpp)
+        checked = float(x), float(y)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"mpp is a number, or a pair (x, y); got {mpp!r}") from error
+    if not all(0 < value < float("inf") for value in checked):
+        raise UsageError(f"mpp must be positive and finite, got {mpp!r}")
+    return checked
 
 
 def region_of(

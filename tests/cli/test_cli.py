@@ -74,6 +74,10 @@ def test_failures_are_named_with_codes_and_exit_code_3_or_4(command: Any, tmp_pa
         (["slides", "out", *SMALL, "--slide-mpp", "wide"], "--slide-mpp"),
         (["slides", "out", *SMALL, "--pattren", "x"], "--pattern"),  # did you mean
         (["slides", "out", "--demo", "demo"], "--demo makes its own slides"),
+        (["slides", "slides", *SMALL], "OUT must be another folder than SLIDES"),
+        (["slides", "out", *SMALL, "--pattern", "*.svs"], "no slides found"),
+        (["slides", "out", *SMALL, "--mpp-tolerance", "nan"], "mpp_tolerance"),
+        (["slides", "out", "--encoder", "uni2h"], "did you mean uni2-h"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_exit_code_2_and_touches_nothing(
@@ -98,7 +102,6 @@ def test_another_tiling_in_the_same_store_is_exit_code_2(command: Any, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--encoder", "uni2h"], r"MODEL_UNKNOWN: .*uni2-h"),
         (["--encoder", "uni2-h", "--offline"], r"MODEL_MISSING: .*MahmoodLab/UNI2-h"),
         (["--encoder", "colour-stats", "--device", "cuda:7"], r"DEVICE: "),
     ],
@@ -126,12 +129,12 @@ def test_a_dry_run_says_what_it_would_be_and_writes_nothing(command: Any, tmp_pa
     slide_file(tmp_path / "slides" / "a.tif")
     (tmp_path / "slides" / "b.svs").touch()
     code, out, _ = command("wsi-extract", tmp_path / "slides", tmp_path / "out", *SMALL, "--dry-run")
-    assert code == 0
+    assert code == 3  # as the run would
     assert not (tmp_path / "out").exists()
     assert re.search(r"a\.tif: \d+ tiles", out)
     assert "b.svs: EMPTY_FILE" in out
     assert re.search(
-        r"2 slides: 0 there already, 1 would fail; \d+ tiles to encode, about .* GB, about \d+ s here", out
+        r"2 slides: 0 there already, 1 would fail; \d+ tiles to encode, about [0-9.]+ (bytes|kB), about \d+ s here", out
     )
 
 
@@ -175,6 +178,54 @@ def test_verify_finds_what_was_damaged(command: Any, tmp_path: Path) -> None:
     assert "features/c/0/0 has other content than was written" in out
 
 
+def test_what_is_no_store_is_exit_code_2_and_a_damaged_one_3(command: Any, tmp_path: Path) -> None:
+    assert command("wsi", "verify", tmp_path)[0] == 2
+    slide_file(tmp_path / "a.tif")
+    command("wsi-extract", tmp_path / "a.tif", tmp_path / "out", *SMALL)
+    next((tmp_path / "out" / "slides").glob("*/zarr.json")).unlink()
+    code, out, _ = command("wsi", "verify", tmp_path / "out")
+    assert code == 3
+    assert "zarr.json is missing" in out
+    assert command("wsi", "info", tmp_path / "out")[0] == 3
+    assert command("wsi-extract", tmp_path / "a.tif", tmp_path / "out", *SMALL)[0] == 4
+    assert command("wsi", "remove", tmp_path / "out", "a.tif")[0] == 0
+    assert command("wsi-extract", tmp_path / "a.tif", tmp_path / "out", *SMALL)[0] == 0
+    (tmp_path / "out" / "slides").rename(tmp_path / "elsewhere")
+    assert command("wsi", "verify", tmp_path / "out")[0] == 3
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path: Path) -> None:
+    for seed in range(3):
+        slide_file(tmp_path / "slides" / f"{seed}.tif", seed=seed)
+    words = " ".join(["from cli.extract import main; main()"])
+    command = f"{sys.executable} -c '{words}' {tmp_path / 'slides'} {tmp_path / 'out'} {' '.join(SMALL)} | head -1"
+    run = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert [len(slide.encoders) for slide in FeatureStore(tmp_path / "out")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def build(:", r"plugin\.py line 1: the plug-in failed: SyntaxError"),
+        ("import nothing_of_this_name", r"plugin\.py line 1: the plug-in failed: ModuleNotFoundError"),
+        ("def build():\n    raise KeyError('weights')", r"plugin\.py line 2: the plug-in failed: KeyError"),
+        ("import sys\nsys.exit(0)", r"plugin\.py line 2: the plug-in failed: SystemExit"),
+    ],
+)
+def test_a_plug_in_that_fails_is_one_line_with_its_place(command: Any, tmp_path: Path, body: str, message: str) -> None:
+    (tmp_path / "plugin.py").write_text(body)
+    slide_file(tmp_path / "a.tif")
+    code, _, err = command(
+        "wsi-extract", tmp_path / "a.tif", tmp_path / "out", "--encoder", f"{tmp_path / 'plugin.py'}:build"
+    )
+    assert code == 5
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+
+
 def test_remove_and_gc(command: Any, tmp_path: Path) -> None:
     slide_file(tmp_path / "a.tif")
     command("wsi-extract", tmp_path / "a.tif", tmp_path / "out", *SMALL)
@@ -207,6 +258,7 @@ def test_phantom_and_encoders(command: Any, tmp_path: Path) -> None:
     code, out, _ = command("wsi", "phantom", tmp_path / "p.svs", "--width", 1024, "--height", 768)
     assert code == 0
     assert "1024 x 768 px" in command("wsi", "info", tmp_path / "p.svs")[1]
+    assert command("wsi", "phantom", tmp_path / "p.svs")[0] == 2  # it is there: never written over unasked
     code, out, _ = command("wsi", "encoders")
     assert code == 0
     for name in ("uni2-h", "virchow2", "h-optimus-0", "gigapath", "phikon-v2", "hibou-b", "colour-stats"):

@@ -23,6 +23,7 @@ from features import ExtractOptions, FeatureStore, PrepareOptions, encode_slide,
 from features.cohort import extract_cohort
 from features.encoder import EncoderRequest, EncoderRunner
 from features.extract import prefetch
+from features.keys import slide_key
 from features.lease import Lease
 from features.plan import plan_cohort
 from tests.wsi.test_readers import corrupt_one_tile, write_tiff
@@ -186,9 +187,9 @@ def test_results_depend_on_neither_batch_threads_nor_the_other_slides(
 def test_a_notebook_gets_the_same_vectors_in_memory(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "a.tif")
     extract_slides(path, tmp_path / "out", ENCODER, OPTIONS)
-    runner = EncoderRunner(load_encoder(EncoderRequest(ENCODER)))
+    encoder = load_encoder(EncoderRequest(ENCODER))
     with Slide.open(path) as slide:
-        vectors = encode_slide(slide, slide.grid(OPTIONS.prepare.tiling), runner, batch_size=16)
+        vectors = encode_slide(slide, slide.grid(OPTIONS.prepare.tiling), encoder, batch_size=16)
     np.testing.assert_array_equal(vectors, FeatureStore(tmp_path / "out").slide("a").features(ENCODER).numpy())
 
 
@@ -216,7 +217,8 @@ def test_unreadable_tiles_are_marked_and_too_many_fail_the_slide(tmp_path: Path)
     assert codes(strict) == {"a.tif": ("failed", "TOO_MANY_BAD_TILES")}
     assert strict.exit_code == 4
     assert FeatureStore(tmp_path / "strict").slide("a").encoders == ()
-    patient = ExtractOptions(prepare=OPTIONS.prepare, max_unreadable=0.5)
+    share = strict.outcomes[0].message.split(": ")[1].split(" tiles")[0].split(" of ")
+    patient = ExtractOptions(prepare=OPTIONS.prepare, max_unreadable=int(share[0]) / int(share[1]))  # exactly as many
     report = extract_slides(path, tmp_path / "patient", ENCODER, patient)
     features = FeatureStore(tmp_path / "patient").slide("a").features(ENCODER)
     assert report.outcomes[0].facts["n_unreadable"] == (features.status == 1).sum() > 0
@@ -324,9 +326,7 @@ def test_a_disk_that_fills_while_a_slide_is_prepared_stops_the_run(
 def test_a_slide_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
     slide_file(tmp_path / "slides" / "a.tif")
     slide_file(tmp_path / "slides" / "b.tif", seed=1)
-    extract_slides(tmp_path / "slides", tmp_path / "out", ENCODER, OPTIONS, pattern="none")
-    from features.keys import slide_key
-
+    FeatureStore.create(tmp_path / "out", OPTIONS.prepare.tiling)
     with Lease(tmp_path / "out" / ".locks", slide_key("a.tif")):
         report = extract_slides(tmp_path / "slides", tmp_path / "out", ENCODER, OPTIONS)
     assert codes(report) == {"a.tif": ("busy", "BUSY"), "b.tif": ("done", "OK")}
@@ -361,6 +361,43 @@ class TestTissueAndRegions:
         assert (aside / "encoders").is_dir()
         assert self.run(path, tmp_path / "out", tissue_dir=tissue).count("skipped") == 1
         assert self.run(path, tmp_path / "out").count("skipped") == 1  # a correction stays in force
+
+    def test_outlines_may_be_edited_where_they_are(self, tmp_path: Path) -> None:
+        path = slide_file(tmp_path / "a.tif")
+        out = tmp_path / "out"
+        self.run(path, out)
+        assert self.run(path, out, tissue_dir=out / "tissue").count("skipped") == 1  # nobody edited anything
+        (file,) = (out / "tissue").iterdir()
+        frame = Frame(slide="a.tif", size=(1600, 1200), mpp=(1.0, 1.0), origin=(0, 0))
+        write_geojson(file, [Annotation(shapely.box(320, 320, 640, 640), "Tissue", name="mine")], frame)
+        edited = file.read_bytes()
+        assert self.run(path, out, tissue_dir=out / "tissue").count("done") == 1
+        assert len(FeatureStore(out).slide("a").grid) == 25
+        assert file.read_bytes() == edited  # it is theirs
+        assert self.run(path, out, tissue_dir=out / "tissue").count("skipped") == 1
+
+    def test_whatever_fails_costs_nothing_that_is_done(self, tmp_path: Path) -> None:
+        path = slide_file(tmp_path / "a.tif")
+        self.run(path, tmp_path / "out")
+        before = everything(tmp_path / "out")
+        for folder, content in (("bad", "{not json"), ("none", None)):
+            (tmp_path / folder).mkdir()
+            if content:
+                (tmp_path / folder / "a.geojson").write_text(content)
+        assert self.run(path, tmp_path / "out", tissue_dir=tmp_path / "bad").count("failed") == 1
+        report = self.run(path, tmp_path / "out", roi=tmp_path / "none")
+        assert codes(report) == {"a.tif": ("failed", "USAGE")}
+        assert everything(tmp_path / "out").keys() == before.keys()
+        assert not (tmp_path / "out" / ".replaced").exists()
+
+    def test_outlines_that_fit_no_slide_or_hold_no_area_are_remarked(self, tmp_path: Path) -> None:
+        path = slide_file(tmp_path / "a.tif")
+        (tmp_path / "other").mkdir()
+        report = self.run(path, tmp_path / "out", tissue_dir=tmp_path / "other")
+        assert any("no outlines for it" in note for note in report.outcomes[0].facts["notes"])
+        lines = self.edited(tmp_path / "lines", path, shapely.LineString([(0, 0), (900, 900)]))
+        report = self.run(path, tmp_path / "two", tissue_dir=lines)
+        assert any("none of its 1 shapes has an area" in note for note in report.outcomes[0].facts["notes"])
 
     def test_a_region_of_interest_restricts_the_tiles(self, tmp_path: Path) -> None:
         path = slide_file(tmp_path / "a.tif")
@@ -421,6 +458,7 @@ def test_mpp_from_a_table_and_from_the_flag(tmp_path: Path) -> None:
 def test_a_scan_too_coarse_is_refused_before_a_pixel_is_read(tmp_path: Path) -> None:
     report = extract_slides(slide_file(tmp_path / "a.tif", mpp=2.0), tmp_path / "out", ENCODER, OPTIONS)
     assert codes(report) == {"a.tif": ("failed", "MPP_TOO_COARSE")}
+    assert report.outcomes[0].message.startswith(str(tmp_path / "a.tif"))
     assert not (tmp_path / "out" / "tissue").exists()
 
 
@@ -595,6 +633,55 @@ def test_a_remote_slide_is_read_where_it_is(tmp_path: Path) -> None:
     assert remote.manifest["slide"]["reader"] == "tiffslide"
     np.testing.assert_array_equal(remote.features(ENCODER).numpy(), local.features(ENCODER).numpy())
     assert extract_slides(address, tmp_path / "remote", ENCODER, OPTIONS).count("skipped") == 1
+
+
+def test_a_slide_smaller_than_a_tile_says_what_helps(tmp_path: Path) -> None:
+    large = ExtractOptions(prepare=PrepareOptions(tiling=Tiling(mpp=1.0, tile_px=4096)))
+    (outcome,) = extract_slides(slide_file(tmp_path / "a.tif"), tmp_path / "out", ENCODER, large).outcomes
+    assert outcome.code == "EMPTY"
+    assert any("--edge pad" in note for note in outcome.facts["notes"])
+
+
+def test_another_dtype_than_the_stored_one_is_not_passed_over(tmp_path: Path) -> None:
+    path = slide_file(tmp_path / "a.tif")
+    extract_slides(path, tmp_path / "out", ENCODER, OPTIONS)
+    half = ExtractOptions(prepare=OPTIONS.prepare, dtype="float16")
+    assert codes(extract_slides(path, tmp_path / "out", ENCODER, half)) == {"a.tif": ("failed", "ENCODER_CHANGED")}
+
+
+def test_a_slide_that_another_process_finishes_meanwhile_is_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = slide_file(tmp_path / "a.tif")
+    acquire = Lease.acquire
+
+    def late(lease: Lease) -> None:
+        monkeypatch.setattr(Lease, "acquire", acquire)
+        extract_slides(path, tmp_path / "out", ENCODER, OPTIONS)  # the other process, between our look and our lease
+        acquire(lease)
+
+    monkeypatch.setattr(Lease, "acquire", late)
+    assert codes(extract_slides(path, tmp_path / "out", ENCODER, OPTIONS)) == {"a.tif": ("skipped", "OK")}
+
+
+def test_a_slide_that_is_replaced_while_staged_is_not_continued(tmp_path: Path) -> None:
+    path = slide_file(tmp_path / "a.tif")
+    stopped = load_encoder(EncoderRequest(ENCODER))
+    forward = stopped.backbone.forward
+
+    def dies(pixels: Any) -> Any:
+        raise DeviceError("gone")
+
+    stopped.backbone.forward = dies
+    with pytest.raises(DeviceError):
+        extract_slides(path, tmp_path / "out", stopped, OPTIONS)
+    stopped.backbone.forward = forward
+    slide_file(path, seed=7)
+    assert codes(extract_slides(path, tmp_path / "out", ENCODER, OPTIONS)) == {"a.tif": ("failed", "SOURCE_CHANGED")}
+    features.writing.replace_slide(FeatureStore(tmp_path / "out"), slide_key("a.tif"))
+    assert codes(extract_slides(path, tmp_path / "out", ENCODER, OPTIONS)) == {"a.tif": ("done", "OK")}
+    extract_slides(path, tmp_path / "fresh", ENCODER, OPTIONS)
+    assert_equal_stores(tmp_path / "out", tmp_path / "fresh")
 
 
 def test_a_float16_store_is_asked_for_or_follows_the_precision(tmp_path: Path) -> None:

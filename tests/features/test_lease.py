@@ -85,7 +85,12 @@ def test_an_owner_on_another_machine_counts_while_it_is_heard_of(tmp_path: Path)
 
 
 def test_an_owner_from_before_the_last_start_of_this_machine_is_dead(tmp_path: Path) -> None:
-    write_lease(tmp_path, host=socket.gethostname(), boot="another boot")
+    with Lease(tmp_path, "slide"):
+        living = json.loads((tmp_path / "slide.json").read_text())
+    write_lease(tmp_path, **living | {"id": "theirs"})
+    with pytest.raises(SlideBusyError):
+        Lease(tmp_path, "slide").acquire()  # this very process, started when it says
+    write_lease(tmp_path, **living | {"id": "theirs", "boot": "another boot"})
     with Lease(tmp_path, "slide"):
         pass
 
@@ -107,6 +112,13 @@ def test_a_half_written_lease_is_stale_by_age_only(tmp_path: Path, content: Any)
     os.utime(path, (1, 1))
     with Lease(tmp_path, "slide"):
         pass
+
+
+def test_a_lease_that_changed_hands_while_it_was_judged_is_put_back(tmp_path: Path) -> None:
+    path = write_lease(tmp_path, id="newer")
+    Lease(tmp_path, "slide")._remove_stale({"id": "older"})
+    assert json.loads(path.read_text())["id"] == "newer"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_owner_keeps_it_fresh(tmp_path: Path) -> None:

@@ -222,6 +222,16 @@ def test_work_of_another_kind_is_never_continued(tmp_path: Path, encoder: Any, h
     assert FeatureWriter(store, slide, encoder, how, dtype=dtype).rows_done == 0
 
 
+def test_rows_of_one_file_are_never_continued_with_another_files(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path, Tiling())
+    slide = write_slide(store, "a.svs-1", grid(), ABOUT)
+    FeatureWriter(store, slide, ENCODER, HOW, dtype="float32").write(vectors()[:16], good(16))
+    replace_slide(store, "a.svs-1")
+    other = ABOUT | {"slide": {"key": "a.svs-1", "relpath": "a.svs", "file": "another"}}
+    again = write_slide(store, "a.svs-1", grid(), other)  # the same grid on another file
+    assert FeatureWriter(store, again, ENCODER, HOW, dtype="float32").rows_done == 0
+
+
 def test_features_of_another_encoder_under_the_same_name_are_refused(tmp_path: Path) -> None:
     slide = make(tmp_path).slide("a")
     assert check_encoder(slide, ENCODER)
@@ -301,9 +311,35 @@ class TestDamage:
                 path.unlink() if content is None else path.write_bytes(content)
                 problems = FeatureStore(tmp_path).verify(deep=deep)
                 if path == store.path_of("a.svs-1") / "encoders" / "timm-tiny" / "zarr.json":
-                    assert problems[0].part == "timm-tiny"
+                    assert "timm-tiny" in {problem.part for problem in problems}
                 assert problems, f"{path} as {content!r}"
                 path.write_bytes(original)
+
+    def reseal(self, folder: Path, **changes: Any) -> None:
+        """A manifest that agrees with itself and the files, but not with the rest of the store."""
+        manifest = arrays.manifest_of(folder)
+        assert manifest is not None
+        arrays.seal(zarr.open_group(folder, mode="r+"), manifest | {"files": arrays.file_facts(folder)} | changes)
+
+    def test_features_of_another_grid_are_found(self, tmp_path: Path) -> None:
+        store = make(tmp_path)
+        self.reseal(store.slide("a").features("timm:tiny").path, grid_fingerprint="0" * 32)
+        assert "features belong to another grid" in [p.what for p in store.verify()]
+
+    def test_a_grid_that_is_not_the_one_promised_is_found_and_never_used(self, tmp_path: Path) -> None:
+        store = make(tmp_path)
+        path = store.path_of("a.svs-1")
+        coords = zarr.open_array(path / "coords", mode="r+")
+        coords[0:8] = np.zeros((8, 2), np.int32)
+        manifest = arrays.manifest_of(path)
+        assert manifest is not None
+        facts = manifest["arrays"] | {"coords": arrays.array_facts(coords)}
+        self.reseal(
+            path, arrays=facts, files={k: v for k, v in arrays.file_facts(path).items() if "encoders/timm" not in k}
+        )
+        assert any("grid on disk is not the one" in p.what for p in store.verify(deep=True))
+        with pytest.raises(StoreCorruptError, match="grid on disk is not the one"):
+            _ = store.slide("a").grid
 
     def test_a_nan_that_status_does_not_confess_is_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store = make(tmp_path)

@@ -90,13 +90,13 @@ def test_loops_broken_links_and_second_names_do_no_harm(tmp_path: Path) -> None:
     tiff(tmp_path / "a.tif")
     (tmp_path / "b.tif").symlink_to(tmp_path / "a.tif")
     os.link(tmp_path / "a.tif", tmp_path / "c.tif")
-    (tmp_path / "gone.tif").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "up").symlink_to(tmp_path / "folder")
     found = discover(tmp_path)
     assert paths(found) == ["a.tif"]
-    assert reasons(found)["gone.tif"] == "a link that leads nowhere"
+    assert reasons(found)["gone.txt"] == "a link that leads nowhere"
     assert "another name" in reasons(found)["b.tif"]
     assert "another name" in reasons(found)["folder/up"]
 
@@ -137,6 +137,17 @@ def test_one_slide_an_address_and_a_pattern(tmp_path: Path) -> None:
         discover(tmp_path / "nowhere")
 
 
+def test_what_is_meant_to_be_a_slide_fails_by_name_even_when_it_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "gone.svs").symlink_to(tmp_path / "nowhere")
+    assert paths(discover(tmp_path)) == ["gone.svs"]
+
+
+def test_a_store_is_not_searched_for_slides(tmp_path: Path) -> None:
+    (tmp_path / "wsi-store.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a feature store"):
+        discover(tmp_path)
+
+
 class TestTable:
     def write(self, folder: Any, text: Any) -> Any:
         path = folder / "list.csv"
@@ -151,6 +162,12 @@ class TestTable:
         assert a.bytes > 0
         assert (missing.relpath, missing.mpp) == ("missing.svs", (0.25, 0.26))
 
+    @pytest.mark.parametrize("header", ["slide, mpp", " Slide ,MPP", "slide\t mpp"])
+    def test_spaces_and_case_in_the_header_lose_nothing(self, tmp_path: Path, header: str) -> None:
+        separator = "\t" if "\t" in header else ", "
+        (source,) = discover(self.write(tmp_path, f"{header}\na.svs{separator}0.25\n")).sources
+        assert (source.relpath, source.mpp) == ("a.svs", (0.25, 0.25))
+
     def test_paths_are_below_the_folder_absolute_or_addresses(self, tmp_path: Path) -> None:
         tiff(tmp_path / "slides" / "a.svs")
         path = self.write(tmp_path, f"slide\n{tmp_path}/slides/a.svs\nhttps://host/b.svs\n")
@@ -160,10 +177,11 @@ class TestTable:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("file,mpp\na,1\n", "needs a column 'slide'; it has: file, mpp"),
+            ("file,mpp\na,1\n", "needs one column 'slide', and one 'mpp' at most; it has: file, mpp"),
             ("slide,mpp\na.svs,wide\n", "line 2: column mpp"),
             ("slide\na.svs\nb.svs\n./a.svs\n", "line 4: slide ./a.svs is listed twice"),
-            ("", "needs a column 'slide'"),
+            ("", "needs one column 'slide'"),
+            ("slide,mpp,MPP\na,1,1\n", "one 'mpp' at most"),
         ],
     )
     def test_what_is_wrong_is_said_with_the_line(self, tmp_path: Path, text: Any, words: Any) -> None:

@@ -89,6 +89,12 @@ def test_a_reduced_level_is_used_only_where_its_pixels_can_be_addressed() -> Non
     assert cover(Pyramid(sizes, (0.25, 0.25)), Tiling(mpp=1.0)).level == 0  # would leave one pixel per pixel
 
 
+def test_a_reduced_level_that_would_move_the_mpp_is_not_used() -> None:
+    pyramid = Pyramid(((64_000, 64_000), (16_000, 16_000)), (0.25, 0.25))
+    assert cover(pyramid, Tiling(mpp=0.25 * 9.4, tile_px=1)).level == 0  # 9 level-0 pixels, where level 1 has 8 or 12
+    assert cover(pyramid, Tiling(mpp=0.25 * 9.4, tile_px=64)).level == 1
+
+
 def test_a_0_5036_slide_gives_its_own_pixels_for_0_5() -> None:
     grid = cover(Pyramid(((4096, 4096),), (0.5036, 0.5036)), Tiling(mpp=0.5))
     assert grid.side == (256, 256)

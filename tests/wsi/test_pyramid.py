@@ -53,6 +53,7 @@ def test_level_for_takes_the_coarsest_that_leaves_the_pixels_asked_for() -> None
         (0.2456, 0.5, 2.0),
         (0.265, 0.5, 0.5 / 0.265),  # not near one: not treated as 40x
         (0.25, 0.5, 2.0),
+        (0.5, 0.53, 1.06),  # a little finer than asked: reduced to it
         (0.5, 8.0, 16.0),
     ],
 )

@@ -139,6 +139,14 @@ def test_a_reader_pickles_as_its_path(make: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pickle.loads(data).read(0, 3, 4, 50, 60), picture()[4:64, 3:53])
 
 
+def test_tiffslide_levels_of_odd_sizes_are_read_at_their_own_pixels(tmp_path: Path) -> None:
+    pixels = picture(701, 501)  # halves to 351 x 251: a ratio that is no whole number
+    reader = open_reader(write_tiff(tmp_path / "a.tif", pixels, levels=2), "tiffslide")
+    for x in range(0, 300, 7):
+        np.testing.assert_array_equal(reader.read(1, x, x // 2, 9, 8), pixels[::2, ::2][x // 2 : x // 2 + 8, x : x + 9])
+    reader.close()
+
+
 def test_a_forked_child_opens_its_own_handle(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", picture())
     code = textwrap.dedent("""
@@ -180,10 +188,10 @@ def test_openslide_levels_it_would_interpolate_are_read_from_the_corner_only(tmp
 
 
 def corrupt_one_tile(path: Any) -> Any:
-    """Overwrite the compressed bytes of the tile at (128, 128) with nonsense; others stay readable."""
+    """Overwrite the compressed bytes of the tile at (256, 128) with nonsense; others stay readable."""
     with tifffile.TiffFile(path) as tiff:
         page: Any = tiff.pages[0]
-        index = 1 * -(-page.imagewidth // page.tilewidth) + 1
+        index = 1 * -(-page.imagewidth // page.tilewidth) + 2
         offset, count = page.dataoffsets[index], page.databytecounts[index]
     with Path(path).open("r+b") as file:
         file.seek(offset)
@@ -197,8 +205,8 @@ def test_one_corrupt_tile_is_an_error_there_and_nowhere_else(name: Any, tmp_path
     reader = open_reader(path, name)
     good = reader.read(0, 0, 0, 100, 100)
     for _ in range(3):
-        with pytest.raises(ReadError, match=r"a\.tif: level 0, 50 x 50 pixels at \(140, 140\)"):
-            reader.read(0, 140, 140, 50, 50)
+        with pytest.raises(ReadError, match=r"a\.tif: level 0, 50 x 50 pixels at \(270, 140\)"):
+            reader.read(0, 270, 140, 50, 50)
         np.testing.assert_array_equal(reader.read(0, 0, 0, 100, 100), good)  # the handle was opened anew
     reader.close()
 
@@ -210,7 +218,7 @@ def test_an_error_of_one_thread_is_not_an_error_of_the_others(tmp_path: Path) ->
     def read(index: Any) -> None:
         if index % 5 == 0:
             with pytest.raises(ReadError):
-                reader.read(0, 140, 140, 50, 50)
+                reader.read(0, 270, 140, 50, 50)
         else:
             np.testing.assert_array_equal(reader.read(0, 300, 300, 100, 100), good)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.wsi.test_readers import corrupt_one_tile, picture, write_tiff
 from wsi import Annotation, Box, Slide, Tiling
 from wsi.area import area_resize
-from wsi.errors import MissingMppError, ReadError, UnsupportedPixelError
+from wsi.errors import MissingMppError, ReadError, UnsupportedPixelError, UsageError
 from wsi.pyramid import Pyramid
 from wsi.slide import fingerprint, region_of
 
@@ -36,6 +36,13 @@ def test_fractional_factors_weigh_pixels_by_the_area_they_share() -> None:
     fine = np.repeat(np.repeat(pixels, 20, axis=0), 20, axis=1)  # 20 / 7 x: every target pixel is 50 x 50 of these
     expected = block_mean(fine, 50)
     assert np.abs(area_resize(pixels, (20, 12)) - expected).max() <= 1
+
+
+def test_where_one_side_grows_it_is_interpolated() -> None:
+    ramp = np.tile(np.arange(0, 250, 10, dtype=np.uint8)[None, :, None], (20, 1, 3))
+    grown = area_resize(ramp, (100, 10))
+    assert grown.shape == (10, 100, 3)
+    assert len(np.unique(grown)) > 60  # not the 25 colours repeated
 
 
 def test_read_takes_level_0_boxes_and_gives_the_area_mean() -> None:
@@ -95,9 +102,10 @@ def test_a_corrupt_tile_is_named_in_the_overview_and_counts_as_possible_tissue(t
     slide = Slide.open(corrupt_one_tile(write_tiff(tmp_path / "a.tif", picture(), mpp=0.5, compression="jpeg")))
     view = slide.overview(mpp=1.0)
     lost = shapely.union_all([shapely.box(b.x, b.y, b.x + b.w, b.y + b.h) for b in view.unreadable])
-    assert lost.covers(shapely.box(128, 128, 256, 256))
+    assert lost.covers(shapely.box(256, 128, 384, 256))
+    assert not lost.intersects(shapely.box(0, 257, 255, 500))
     assert lost.area < 4 * 256 * 256
-    assert region_of(slide.tissue()).covers(shapely.box(130, 130, 250, 250))
+    assert region_of(slide.tissue()).covers(shapely.box(260, 130, 380, 250))
 
 
 def test_a_slide_that_cannot_be_read_at_all_says_so(tmp_path: Path) -> None:
@@ -116,6 +124,31 @@ def test_resolution_may_be_stated_and_a_silent_file_is_refused(tmp_path: Path) -
         Slide.open(tmp_path / "a.png")
     assert Slide.open(tmp_path / "a.png", mpp=0.5).mpp.xy == (0.5, 0.5)
     assert Slide.open(tmp_path / "a.png", csv_mpp=(0.5, 0.6)).mpp.source == "csv"
+
+
+def test_tissue_is_looked_for_at_the_resolution_of_each_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def noting(image: Any, mpp: Any, scale: Any, options: Any) -> tuple[()]:
+        asked.append((mpp, scale))
+        return ()
+
+    monkeypatch.setattr("wsi.slide.find_tissue", noting)
+    white = np.full((500, 700, 3), 240, np.uint8)
+    Slide.from_array(white, mpp=(1.0, 1.04)).tissue()
+    ((mpp, scale),) = asked
+    assert mpp == pytest.approx((8.0, 8.0), rel=0.02)
+    assert scale == pytest.approx((8.0, 7.69), rel=0.02)
+
+
+@pytest.mark.parametrize("mpp", [0, -1, float("nan"), "wide", (0.5, 0.0)])
+def test_a_resolution_that_is_none_is_refused(tmp_path: Path, mpp: Any) -> None:
+    path = write_tiff(tmp_path / "a.tif", picture())
+    with pytest.raises(UsageError, match="mpp"):
+        Slide.open(path, mpp=mpp)
+    assert Slide.open(path, mpp=float(np.float32(0.5))).mpp.x == 0.5
+    with pytest.raises(ValueError, match="positive"):
+        Slide.open(path).thumbnail(0)
 
 
 def test_fluorescence_is_refused_rather_than_searched() -> None:

@@ -3,6 +3,7 @@
 To add a reader write its file, a line in ``_READERS`` and run the contract in ``tests/wsi/test_readers.py`` on it.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def open_reader(location: str | Path, reader: str = "auto") -> Reader:
 def _check_file(path: Path) -> None:
     if path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
         raise NotASlideError(f"{path}: a Zarr image, which no reader here takes; convert it to OME-TIFF")
+    if path.is_dir() and not os.access(path, os.R_OK):
+        raise SlideNotFoundError(f"{path}: this folder may not be read; check its permissions")
     if path.is_dir():
         raise NotASlideError(f"{path}: this is a folder; name one of its files, or give the folder to wsi-extract")
     try:

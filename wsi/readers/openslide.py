@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsi.errors import NotASlideError, ReadError
+from wsi.errors import NotASlideError, ReadError, SlideNotFoundError
 from wsi.grid import Box
 from wsi.readers.base import RGB, WHITE, PerProcess, Pixels, flatten
 
@@ -76,6 +76,8 @@ class OpenSlideReader:
         try:
             return self._handles.get(lambda: openslide.OpenSlide(os.fspath(self.path)))
         except openslide.OpenSlideError as error:
+            if not self.path.exists():
+                raise SlideNotFoundError(f"{self.path}: the file went away") from error
             raise NotASlideError(f"{self.path}: OpenSlide says: {error}") from error
 
 
