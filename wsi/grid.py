@@ -12,6 +12,9 @@ from wsi.pyramid import WHOLE_FACTOR_TOLERANCE, Pyramid
 
 __all__ = ["Box", "TileGrid", "Tiling", "cover", "tissue_fractions"]
 
+# Without snapping, GEOS cuts slivers thinner than its rounding (valid polygons of area 1e-15) into areas that are not there.
+_SNAP_PX = 2.0**-20
+
 
 @dataclass(frozen=True)
 class Box:
@@ -173,6 +176,7 @@ def tissue_fractions(grid: TileGrid, region: shapely.Geometry) -> NDArray[np.flo
     grows with the length of the outline, not with tiles times vertices.
     """
     fractions = np.zeros(len(grid), np.float64)
+    region = _polygonal(shapely.set_precision(region, _SNAP_PX))
     if len(grid) == 0 or region.is_empty:
         return fractions.astype(np.float32)
     left, _, right, _ = region.bounds
@@ -181,7 +185,8 @@ def tissue_fractions(grid: TileGrid, region: shapely.Geometry) -> NDArray[np.flo
     order = np.argsort(row_of, kind="stable")
     starts = np.searchsorted(row_of[order], np.arange(len(ys) + 1))
     for row, y in enumerate(ys):
-        strip = shapely.intersection(region, shapely.box(left - 1, y, right + 1, y + grid.side[1]))
+        row_box = shapely.box(left - 1, y, right + 1, y + grid.side[1])
+        strip = _polygonal(shapely.intersection(region, row_box, grid_size=_SNAP_PX))
         if strip.is_empty:
             continue
         tiles = order[starts[row] : starts[row + 1]]
@@ -191,8 +196,14 @@ def tissue_fractions(grid: TileGrid, region: shapely.Geometry) -> NDArray[np.flo
         inside = shapely.covers(strip, boxes)
         touched = shapely.intersects(strip, boxes) & ~inside
         fractions[tiles[inside]] = 1.0
-        fractions[tiles[touched]] = shapely.area(shapely.intersection(strip, boxes[touched])) / area
+        fractions[tiles[touched]] = shapely.area(shapely.intersection(strip, boxes[touched], grid_size=_SNAP_PX)) / area
     return np.clip(fractions, 0, 1).astype(np.float32)
+
+
+def _polygonal(geometry: shapely.Geometry) -> shapely.Geometry:
+    """The parts of a geometry that have an area; cutting may leave lines and points beside them."""
+    parts = shapely.get_parts(shapely.get_parts(geometry))
+    return shapely.multipolygons(parts[shapely.get_dimensions(parts) == 2])
 
 
 def _read_level(
