@@ -458,9 +458,9 @@ class _Pipeline:
         }
 
     def _release(self, work: _Work) -> None:
-        self._held.discard(work)
         work.prepared.slide.close()
         work.lease.release()
+        self._held.discard(work)  # last: a signal may end this anywhere, and then `release_all` does it again
 
 
 def _failure(source: SlideSource, key: str, error: Exception, stage: str) -> Outcome:
