@@ -189,6 +189,7 @@ def _slide_facts(slide: Slide, source: SlideSource, key: str) -> dict[str, Any]:
         "bounds": None if bounds is None else [bounds.x, bounds.y, bounds.w, bounds.h],
         "vendor": slide.vendor,
         "reader": slide.reader.name,
+        "reader_reason": slide.reader.reason,
         "table": dict(source.table),
     }
 

@@ -8,6 +8,7 @@
      │    ├── SlideNotFoundError       NOT_FOUND
      │    ├── EmptyFileError           EMPTY_FILE
      │    ├── NotASlideError           NOT_A_SLIDE
+     │    ├── PixelsDifferError        PIXELS_DIFFER
      │    ├── TruncatedSlideError      TRUNCATED
      │    ├── IncompleteSlideError     INCOMPLETE_SLIDE
      │    ├── UnsupportedPixelError    UNSUPPORTED_PIXEL
@@ -57,6 +58,7 @@ __all__ = [
     "NotASlideError",
     "NotExtractedError",
     "OutputNotWritableError",
+    "PixelsDifferError",
     "ReadError",
     "ResolutionError",
     "SlideBusyError",
@@ -111,6 +113,12 @@ class NotASlideError(SlideError):
     """The content is of no format that any reader knows."""
 
     code = "NOT_A_SLIDE"
+
+
+class PixelsDifferError(SlideError):
+    """A reader decodes the slide's pixels into others than OpenSlide shows."""
+
+    code = "PIXELS_DIFFER"
 
 
 class TruncatedSlideError(SlideError):

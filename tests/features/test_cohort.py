@@ -26,11 +26,13 @@ from features.extract import prefetch
 from features.keys import slide_key
 from features.lease import Lease
 from features.plan import plan_cohort
+from features.prepare import prepare_slide
 from tests.wsi.test_readers import corrupt_one_tile, write_tiff
 from wsi import Annotation, Slide, Tiling, read_geojson, write_geojson
 from wsi.discover import SlideSource, discover
 from wsi.errors import DeviceError, DiskFullError, UsageError
 from wsi.geojson import Frame
+from wsi.readers._tiles import Coding
 
 ROOT = Path(__file__).parents[2]
 ENCODER = "colour-stats"
@@ -618,6 +620,24 @@ def test_sigterm_ends_the_command_with_its_code_and_what_is_done_stays(tmp_path:
     assert 1 <= sum(bool(slide.encoders) for slide in store) < 4
     assert store.verify(deep=True) == []
     assert list((tmp_path / "out" / ".locks").iterdir()) == []
+
+
+def test_why_the_direct_reader_was_passed_over_stands_in_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SlideSource(slide_file(tmp_path / "a.tif"), "a.tif")
+    options = PrepareOptions(Tiling(mpp=1.0, tile_px=64))
+    store = FeatureStore.create(tmp_path / "out", options.tiling)
+    with prepare_slide(source, "before", store, options).slide:
+        pass
+    right = Coding.decode
+    monkeypatch.setattr(Coding, "decode", lambda *args: right(*args) ^ 1)
+    with prepare_slide(source, "after", store, options).slide:
+        pass
+    facts = {slide.key: slide.manifest["slide"] for slide in store}
+    assert (facts["before"]["reader"], facts["before"]["reader_reason"]) == ("tiff", None)
+    assert facts["after"]["reader"] == "openslide"
+    assert "differs from OpenSlide's by 1 grey" in facts["after"]["reader_reason"]
 
 
 def test_a_remote_slide_is_read_where_it_is(tmp_path: Path) -> None:

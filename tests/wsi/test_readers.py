@@ -59,6 +59,10 @@ def write_tiff(path: Any, pixels: Any, levels: Any = 1, mpp: Any = 0.5, tile: An
     return path
 
 
+def tiff_reader(folder: Any) -> Any:
+    return open_reader(write_tiff(folder / "a.tif", picture(), levels=2), "tiff")
+
+
 def openslide_reader(folder: Any) -> Any:
     return open_reader(write_tiff(folder / "a.tif", picture(), levels=2), "openslide")
 
@@ -84,7 +88,7 @@ def array_reader(folder: Any) -> Any:
     return ArrayReader([picture(), picture()[::2, ::2]])
 
 
-@pytest.fixture(params=[openslide_reader, tiffslide_reader, memory_reader, picture_reader, array_reader])
+@pytest.fixture(params=[tiff_reader, openslide_reader, tiffslide_reader, memory_reader, picture_reader, array_reader])
 def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     opened = request.param(tmp_path)
     yield opened
@@ -131,7 +135,7 @@ def test_contract_closing_is_not_the_end(reader: Any) -> None:
     np.testing.assert_array_equal(reader.read(0, 5, 6, 7, 8), before)
 
 
-@pytest.mark.parametrize("make", [openslide_reader, tiffslide_reader, picture_reader])
+@pytest.mark.parametrize("make", [tiff_reader, openslide_reader, tiffslide_reader, picture_reader])
 def test_a_reader_pickles_as_its_path(make: Any, tmp_path: Path) -> None:
     reader = make(tmp_path)
     data = pickle.dumps(reader)
@@ -199,7 +203,7 @@ def corrupt_one_tile(path: Any) -> Any:
     return path
 
 
-@pytest.mark.parametrize("name", ["openslide", "tiffslide"])
+@pytest.mark.parametrize("name", ["tiff", "openslide", "tiffslide"])
 def test_one_corrupt_tile_is_an_error_there_and_nowhere_else(name: Any, tmp_path: Path) -> None:
     path = corrupt_one_tile(write_tiff(tmp_path / "a.tif", picture(), compression="jpeg"))
     reader = open_reader(path, name)
@@ -248,13 +252,14 @@ def test_missing_tiles_are_background_not_black(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(where)
         file.write(np.array(counts, kind).tobytes())
-    assert open_reader(path, "openslide").read(0, 10, 10, 50, 50).min() == 255
+    for name in ("tiff", "openslide"):
+        assert open_reader(path, name).read(0, 10, 10, 50, 50).min() == 255
 
 
 class TestChoosing:
     def test_content_decides_not_the_extension(self, tmp_path: Path) -> None:
         write_tiff(tmp_path / "a.jpg", picture())
-        assert open_reader(tmp_path / "a.jpg").name == "openslide"
+        assert open_reader(tmp_path / "a.jpg").name == "tiff"
         Image.fromarray(picture()).save(tmp_path / "b.svs", "PNG")
         assert open_reader(tmp_path / "b.svs").name == "picture"
 
@@ -292,7 +297,7 @@ class TestChoosing:
             open_reader(tmp_path / "deep.tif")
 
     def test_an_unknown_reader(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="choose one of auto, openslide"):
+        with pytest.raises(UsageError, match="choose one of auto, tiff, openslide"):
             open_reader(tmp_path, "vips")
 
     @pytest.mark.parametrize("bigtiff", [False, True])
@@ -361,7 +366,7 @@ def test_files_and_memory_do_not_leak_over_many_openings(tmp_path: Path) -> None
     fds = Path("/proc/self/fd")
     if not fds.exists():
         pytest.skip("needs /proc")
-    for name in ("openslide", "tiffslide"):
+    for name in ("tiff", "openslide", "tiffslide"):
         for _ in range(3):
             open_reader(path, name).close()
         before = len(list(fds.iterdir()))

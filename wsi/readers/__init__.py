@@ -12,6 +12,7 @@ from wsi.errors import (
     EmptyFileError,
     IncompleteSlideError,
     NotASlideError,
+    PixelsDifferError,
     SlideError,
     SlideNotFoundError,
     UsageError,
@@ -19,15 +20,18 @@ from wsi.errors import (
 from wsi.readers.array import ArrayReader, PictureReader
 from wsi.readers.base import Pixels, Reader
 from wsi.readers.openslide import OpenSlideReader
+from wsi.readers.tiff import TiffReader
 from wsi.readers.tiffslide import TiffSlideReader
 
 __all__ = ["READER_NAMES", "ArrayReader", "Pixels", "Reader", "is_remote", "open_reader"]
 
 _READERS: dict[str, Callable[[Path], Reader]] = {  # in the order they are asked
+    "tiff": TiffReader,
     "openslide": OpenSlideReader,
     "tiffslide": lambda path: TiffSlideReader(str(path)),
     "picture": PictureReader,
 }
+_TIFF_ONLY = ("tiff", "tiffslide")
 READER_NAMES = ("auto", *_READERS)
 
 
@@ -52,14 +56,16 @@ def open_reader(location: str | Path, reader: str = "auto") -> Reader:
     _check_file(path)
     if reader != "auto":
         return _READERS[reader](path)
+    names = [name for name in _READERS if name not in _TIFF_ONLY or _starts_like_tiff(path)]
     refusals: list[SlideError] = []
-    for name, opener in _READERS.items():
-        if name == "tiffslide" and not _starts_like_tiff(path):
-            continue
+    for name in names:
         try:
-            return opener(path)
+            opened = _READERS[name](path)
         except SlideError as error:
             refusals.append(error)
+            continue
+        opened.reason = next((str(error) for error in refusals if isinstance(error, PixelsDifferError)), None)
+        return opened
     for refusal in refusals:
         if not isinstance(refusal, NotASlideError):
             raise refusal

@@ -20,6 +20,7 @@ class ArrayReader:
 
     name = "array"
     bounds: Box | None = None
+    reason: str | None = None
 
     def __init__(
         self, levels: Sequence[Pixels], *, properties: Mapping[str, str] | None = None, background: RGB = WHITE

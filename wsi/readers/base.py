@@ -30,6 +30,7 @@ class Reader(Protocol):
         properties: what the file says of itself, as text.
         background: colour of what was never scanned.
         bounds: the scanned part of level 0, where the file states one.
+        reason: why this reader was taken and not a faster one whose pixels were wrong; None where that did not happen.
 
     A reader is safe to share between threads, and pickles as its path.
     """
@@ -40,6 +41,7 @@ class Reader(Protocol):
     properties: Mapping[str, str]
     background: RGB
     bounds: Box | None
+    reason: str | None
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> Pixels:
         """(h, w, 3) uint8 pixels of ``level``, in that level's own pixel frame; outside is background colour.
@@ -64,28 +66,32 @@ class PerProcess(Generic[Handle]):
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}
         self._owner = 0
         self._handle: Handle | None = None
 
     def get(self, opener: Callable[[], Handle]) -> Handle:
         """The handle of this process, made by ``opener()`` if there is none."""
-        with self._lock:
+        with self._lock():
             if self._handle is None or self._owner != os.getpid():
                 self._handle, self._owner = opener(), os.getpid()
             return self._handle
 
     def drop(self, handle: Handle) -> None:
         """Forget a handle that failed; it is closed when the last thread that reads from it lets go."""
-        with self._lock:
+        with self._lock():
             if self._handle is handle:
                 self._handle = None
 
     def take(self) -> Handle | None:
         """Remove and return this process's handle, if it has one."""
-        with self._lock:
+        with self._lock():
             handle, self._handle = self._handle, None
             return handle if self._owner == os.getpid() else None
+
+    def _lock(self) -> threading.Lock:
+        # By process: a lock that another thread held at the moment of a fork would stay locked in the child.
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
 
 def flatten(rgba: Pixels, background: RGB) -> Pixels:

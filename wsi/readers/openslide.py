@@ -28,6 +28,7 @@ class OpenSlideReader:
     """
 
     name = "openslide"
+    reason: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,31 +45,38 @@ class OpenSlideReader:
         return OpenSlideReader, (self.path,)
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> Pixels:
-        import openslide
-
         if not self.native[level] and (x, y) != (0, 0):
             raise ValueError(f"level {level} of {self.path} is not native: read it from (0, 0) or use level 0")
         step = int(self._steps[level])
-        place = ((x * step, y * step), level, (w, h))
-        slide = self._handle()
-        try:
-            region = slide.read_region(*place)
-        except openslide.OpenSlideError:
-            self._handles.drop(slide)
-            # The error may be another thread's: it is terminal for all who share the handle. One of our own tells.
-            try:
-                with openslide.OpenSlide(os.fspath(self.path)) as own:
-                    region = own.read_region(*place)
-            except openslide.OpenSlideError as error:
-                raise ReadError(
-                    f"{self.path}: level {level}, {w} x {h} pixels at ({x}, {y}) cannot be read: {error}"
-                ) from error
-        return flatten(np.asarray(region), self.background)
+        return flatten(self._region(level, (x, y), (x * step, y * step), (w, h)), self.background)
+
+    def probe(self, level: int, x: int, y: int) -> None:
+        """Raise ReadError where the pixel (x, y) of ``level``, which need not be native, cannot be read."""
+        step = self._steps[level]
+        self._region(level, (x, y), (int((x + 0.5) * step), int((y + 0.5) * step)), (1, 1))
 
     def close(self) -> None:
         slide = self._handles.take()
         if slide is not None:
             slide.close()
+
+    def _region(self, level: int, xy: tuple[int, int], location: tuple[int, int], size: tuple[int, int]) -> Pixels:
+        import openslide
+
+        slide = self._handle()
+        try:
+            region = slide.read_region(location, level, size)
+        except openslide.OpenSlideError:
+            self._handles.drop(slide)
+            # The error may be another thread's: it is terminal for all who share the handle. One of our own tells.
+            try:
+                with openslide.OpenSlide(os.fspath(self.path)) as own:
+                    region = own.read_region(location, level, size)
+            except openslide.OpenSlideError as error:
+                raise ReadError(
+                    f"{self.path}: level {level}, {size[0]} x {size[1]} pixels at {xy} cannot be read: {error}"
+                ) from error
+        return np.asarray(region)
 
     def _handle(self) -> "openslide.OpenSlide":
         import openslide
@@ -92,4 +100,4 @@ def _bounds(properties: Mapping[str, str]) -> Box | None:
         x, y, w, h = (int(properties[key]) for key in _BOUNDS)
     except (KeyError, ValueError):
         return None
-    return Box(x, y, w, h)
+    return Box(x, y, w, h) if w > 0 and h > 0 else None  # a file that holds no tile at all states 0 x 0

@@ -22,6 +22,7 @@ class TiffSlideReader:
     name = "tiffslide"
     background: RGB = WHITE
     bounds: Box | None = None
+    reason: str | None = None
 
     def __init__(self, url: str) -> None:
         self.url = url
