@@ -79,7 +79,7 @@ def test_tiles_are_whole_pixels_of_the_level_they_are_read_from(wanted: Any, til
     assert not np.any(grid.xy % step)
     assert grid.side[0] % step == grid.stride[0] % step == 0
     if grid.level:
-        assert 2 * step <= wanted / 0.25 * 1.0001
+        assert 2 * step <= wanted / 0.25 * 1.0201  # a whole factor may be two per cent above
 
 
 def test_a_reduced_level_is_used_only_where_its_pixels_can_be_addressed() -> None:
