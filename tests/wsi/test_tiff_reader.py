@@ -137,8 +137,8 @@ class TestDamage:
         assert reader.name == "tiff"
         good = reader.read(0, 0, 0, 128, 128)
         for _ in range(3):
-            with pytest.raises(ReadError, match=r"a\.tif: level 0, 50 x 50 .* at \(140, 140\) .*: tile \(1, 1\): "):
-                reader.read(0, 140, 140, 50, 50)
+            with pytest.raises(ReadError, match=r"a\.tif: level 0, 50 x 50 .* at \(270, 140\) .*: tile \(2, 1\): "):
+                reader.read(0, 270, 140, 50, 50)
             np.testing.assert_array_equal(reader.read(0, 0, 0, 128, 128), good)
 
     @pytest.mark.parametrize("lost", [0.8, 0.5, 0.2, 0.02])
@@ -189,8 +189,8 @@ class TestDamage:
 
         def read(index: Any) -> None:
             if index % 3 == 0:
-                with pytest.raises(ReadError, match=r"tile \(1, 1\)"):
-                    reader.read(0, 140, 140, 50, 50)
+                with pytest.raises(ReadError, match=r"tile \(2, 1\)"):
+                    reader.read(0, 270, 140, 50, 50)
             else:
                 np.testing.assert_array_equal(reader.read(0, 300, 300, 100, 100), good)
 
@@ -354,7 +354,7 @@ def test_descriptors_do_not_leak_also_when_declined_or_damaged(tmp_path: Path) -
         TiffReader(good).read(0, 0, 0, 64, 64)  # not closed
         reader = TiffReader(bad)
         with pytest.raises(ReadError):
-            reader.read(0, 140, 140, 50, 50)
+            reader.read(0, 270, 140, 50, 50)
         reader.close()
         with pytest.raises(NotASlideError):
             TiffReader(tmp_path / "c.tif")
@@ -388,8 +388,12 @@ class TestRealSlides:
         ],
     )
     def test_every_level_is_what_openslide_shows(self, shared: Path, name: str, tolerance: int) -> None:
-        ours, theirs = open_reader(shared / "slides" / name), OpenSlideReader(shared / "slides" / name)
-        assert ours.name == "tiff"
+        ours, theirs = TiffReader(shared / "slides" / name), OpenSlideReader(shared / "slides" / name)
+        assert ours.max_difference == tolerance
+        assert open_reader(shared / "slides" / name, "tiff").name == "tiff"
+        chosen = open_reader(shared / "slides" / name)
+        assert chosen.name == ("openslide" if tolerance else "tiff")
+        assert ("by 1 grey level" in (chosen.reason or "")) == bool(tolerance)
         assert ours.sizes == theirs.sizes
         rng = np.random.default_rng(0)
         for level, (width, height) in enumerate(ours.sizes):

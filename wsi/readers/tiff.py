@@ -49,6 +49,7 @@ class TiffReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.max_difference = 0  # from OpenSlide's pixels, in grey levels, on the tiles compared
         self._files: PerProcess[_File] = PerProcess()
         self._openslide = _openslide_reader(path)
         try:
@@ -157,6 +158,7 @@ class TiffReader:
                 f"{self.path}: level {level}, tile at ({box.x}, {box.y}): decoded directly it differs from OpenSlide's "
                 f"by {difference} grey levels"
             )
+        self.max_difference = max(self.max_difference, difference)
         return True
 
 
