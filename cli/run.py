@@ -4,6 +4,7 @@
 · 130 stopped by Ctrl-C · 143 stopped by SIGTERM
 """
 
+import logging
 import signal
 import sys
 from types import FrameType
@@ -23,6 +24,8 @@ class Terminated(BaseException):
 
 def run(command: click.Command, name: str) -> None:
     """Run a command and leave the process with its exit code."""
+    # tifffile logs every odd tag, and without a handler Python prints that; what matters comes as an error of ours.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_run(command, name))
