@@ -26,7 +26,8 @@ from wsi.readers import Pixels, Reader, open_reader
 
 TILE_PX = 256
 SIDE_PX = 2 * TILE_PX  # 0.5 mpp from 0.25
-REACH = {"jpeg": 6.0, "jpeg-rgb": 6.0, "jpeg2000": 2.0}  # times what OpenSlide and Pillow give, one thread: what we aim at
+# Times what OpenSlide and Pillow give, on one thread: what we aim at.
+REACH = {"jpeg": 6.0, "jpeg-rgb": 6.0, "jpeg2000": 2.0}
 
 Place = tuple[int, int]
 Read = Callable[[Place], Pixels]

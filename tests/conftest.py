@@ -1,12 +1,14 @@
 """What all tests share: where the real data lie, if they are there."""
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-# No deadline: how fast a test runs says nothing about whether it is right.
-settings.register_profile("project", deadline=None, max_examples=60)
+# No deadline: how fast a test runs says nothing about whether it is right. Under CI the same examples every time, so that a
+# change is judged by what it changes; elsewhere new ones, which is how faults are found.
+settings.register_profile("project", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
 
 
