@@ -14,7 +14,6 @@ from cli.progress import CohortProgress
 from cli.run import EXIT_CODES, run
 from wsi.discover import Discovery, discover
 from wsi.phantom import demo_specs, write_svs
-from wsi.readers import is_remote
 
 __all__ = ["extract", "main"]
 
@@ -60,9 +59,7 @@ def extract(context: click.Context, /, slides: str | None, out: Path | None, dem
         return 2
     if not values["encoder"]:
         raise click.UsageError("which encoder? Give --encoder NAME; 'wsi encoders' lists them")
-    if not is_remote(slides) and Path(slides).resolve() == out.resolve():
-        raise click.UsageError(f"OUT must be another folder than SLIDES, such as {out / 'features'}")
-    found = discover(slides, table=values["table"], pattern=values["pattern"])
+    found = discover(slides, table=values["table"], pattern=values["pattern"], out=out)
     return _dry_run(found, out, values) if values["dry_run"] else _extract(found, out, values, PatientConsole())
 
 

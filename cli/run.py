@@ -11,7 +11,7 @@ from types import FrameType
 
 import click
 
-from wsi.errors import EnvironmentFaultError, StoreCorruptError, UnknownEncoderError, WsiError
+from wsi.errors import EnvironmentFaultError, StoreCorruptError, WsiError
 
 __all__ = ["EXIT_CODES", "Terminated", "run"]
 
@@ -43,8 +43,6 @@ def _run(command: click.Command, name: str) -> int:
         return _say("stopped; run the same command again to go on", 130)
     except Terminated:
         return _say("stopped by SIGTERM; run the same command again to go on", 143)
-    except UnknownEncoderError as error:
-        return _say(str(error), 2, error.code)
     except EnvironmentFaultError as error:
         return _say(str(error), 5, error.code)
     except StoreCorruptError as error:

@@ -31,7 +31,6 @@ from wsi.errors import (
     UsageError,
     WsiError,
 )
-from wsi.readers import is_remote
 from wsi.stream import TileBatch, TileStream, default_read_threads
 
 __all__ = [
@@ -187,10 +186,8 @@ def extract_slides(
         UsageError, SlideNotFoundError: nothing has been touched.
         EnvironmentFaultError: the run cannot begin, or go on.
     """
-    if not is_remote(slides) and Path(slides).resolve() == Path(out).resolve():
-        raise UsageError(f"{out}: OUT must be another folder than SLIDES, such as {Path(out) / 'features'}")
-    table = None if table is None else Path(table)
-    return extract_found(discover(slides, table=table, pattern=pattern), Path(out), encoder, options, observer)
+    table, out = None if table is None else Path(table), Path(out)
+    return extract_found(discover(slides, table=table, pattern=pattern, out=out), out, encoder, options, observer)
 
 
 def extract_found(

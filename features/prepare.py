@@ -60,12 +60,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Gridded:
-    """A slide's tissue and tiles, nothing written yet."""
+    """A slide's tissue and tiles, nothing written yet; ``given`` is the file the outlines came from, if they did."""
 
     outlines: tuple[Annotation, ...]
     grid: TileGrid
     facts: dict[str, Any]
     notes: tuple[str, ...]
+    given: Path | None = None
 
 
 def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: PrepareOptions) -> Prepared:
@@ -83,7 +84,9 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
         picture = draw_overview(slide.overview(max_px=_PICTURE_PX), gridded.outlines, gridded.grid)
         outlines = store.root / "tissue" / f"{key}.geojson"
         with disk_errors(store.root):
-            if gridded.facts.get("file") != str(outlines):  # else a person edits the very file, which is theirs then
+            if (
+                gridded.given is None or gridded.given.resolve() != outlines.resolve()
+            ):  # else a person edits that very file
                 write_geojson(outlines, gridded.outlines, slide.frame)
             write_atomically(store.root / "thumbnails" / f"{key}.jpg", jpeg_bytes(picture))
         provenance = {
@@ -128,7 +131,7 @@ def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gr
         notes += remarks
     region = region_of(outlines, roi, holes=options.tiling.holes)
     facts |= {"n_pieces": len(outlines), "area_mm2": round(float(region.area) * slide.mpp.x * slide.mpp.y / 1e6, 4)}
-    return Gridded(outlines, lattice.keep(region, options.tiling.min_tissue), facts, tuple(notes))
+    return Gridded(outlines, lattice.keep(region, options.tiling.min_tissue), facts, tuple(notes), given)
 
 
 def is_current(stored: SlideStore, source: SlideSource, options: PrepareOptions) -> bool:

@@ -68,22 +68,27 @@ class Discovery:
     unlisted: tuple[Unlisted, ...] = ()
 
 
-def discover(slides: str | Path, *, table: Path | None = None, pattern: str | None = None) -> Discovery:
+def discover(
+    slides: str | Path, *, table: Path | None = None, pattern: str | None = None, out: Path | None = None
+) -> Discovery:
     """The slides at ``slides``: a folder (searched with all below it), one slide, an address, or a CSV table.
 
     Args:
         table: a CSV that says which slides below the folder to take, and what is known of them.
         pattern: only paths or names that match this glob, such as ``*.svs``.
+        out: where results will go, which must be another folder.
 
     Raises:
         SlideNotFoundError: there is nothing at ``slides``.
-        UsageError: the table cannot be understood.
+        UsageError: the table cannot be understood, or the folder is one of results.
     """
     if is_remote(slides):
         return Discovery((SlideSource(str(slides), str(slides)),))
     root = Path(slides)
     if not root.exists():
         raise SlideNotFoundError(f"{root}: there is no such file or folder")
+    if out is not None and root.resolve() == out.resolve():
+        raise UsageError(f"{out}: OUT must be another folder than SLIDES, such as {out / 'features'}")
     if (root / _STORE_FILE).exists():
         raise UsageError(f"{root}: this folder is a feature store; name the folder of slides")
     if table is not None:

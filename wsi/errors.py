@@ -4,6 +4,7 @@
 
     WsiError
      ├── UsageError                    USAGE                what was asked makes no sense; exit code 2
+     │    └── UnknownEncoderError      MODEL_UNKNOWN
      ├── SlideError                    a slide cannot be used as it is
      │    ├── SlideNotFoundError       NOT_FOUND
      │    ├── EmptyFileError           EMPTY_FILE
@@ -31,7 +32,6 @@
           ├── OutputNotWritableError   OUTPUT_NOT_WRITABLE
           ├── DiskFullError            DISK_FULL
           ├── DeviceError              DEVICE
-          ├── UnknownEncoderError      MODEL_UNKNOWN
           ├── MissingWeightsError      MODEL_MISSING
           ├── ModelMismatchError       MODEL_MISMATCH
           └── UnsafePickleError        MODEL_UNSAFE
@@ -253,7 +253,7 @@ class DeviceError(EnvironmentFaultError):
     code = "DEVICE"
 
 
-class UnknownEncoderError(EnvironmentFaultError):
+class UnknownEncoderError(UsageError):
     """No encoder of this name."""
 
     code = "MODEL_UNKNOWN"

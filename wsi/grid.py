@@ -127,11 +127,6 @@ class TileGrid:
         facts = (self.tile_px, self.side, self.stride, self.level, self.downsample)
         return hashlib.sha256(repr(facts).encode() + self.xy.astype("<i8").tobytes()).hexdigest()[:32]
 
-    @property
-    def cells(self) -> NDArray[np.int64]:
-        """(N, 2) column and row of each tile on the lattice."""
-        return np.asarray(self.xy // np.array(self.stride), np.int64)
-
     def keep(self, region: shapely.Geometry, min_fraction: float) -> "TileGrid":
         """The tiles of which at least ``min_fraction`` (and anything at all) lies in ``region``, with that fraction."""
         fractions = tissue_fractions(self, region)
