@@ -70,8 +70,9 @@ def main() -> None:
 
 def _extract(found: Discovery, out: Path, values: dict[str, Any], console: PatientConsole) -> int:
     with console.status("loading the encoder …"):  # torch alone takes seconds
-        from features.cohort import Report, extract_found
+        from features.cohort import extract_found
         from features.encoder import load_encoder
+        from features.outcome import Report
 
         encoder, options = load_encoder(_encoder(values)), _options(values)
     with CohortProgress(console) as progress:
@@ -104,7 +105,7 @@ def _summary(report: Any, out: Path, console: PatientConsole) -> None:
         if value:
             table.add_row(name, value)
     console.print(table, highlight=False)
-    if any("+random" in o.facts.get("encoder", "") for o in report.outcomes):
+    if any("+random" in name for o in report.outcomes for name in o.facts.get("encoders", ())):
         console.print(
             "these features come from RANDOM weights: good for trying the machinery, worthless as results",
             style="bold red",
@@ -121,8 +122,9 @@ def _summary(report: Any, out: Path, console: PatientConsole) -> None:
 
 
 def _dry_run(found: Discovery, out: Path, values: dict[str, Any]) -> int:
-    from features.encoder import EncoderRunner, load_encoder
+    from features.encoder import load_encoder
     from features.plan import PlannedSlide, plan_cohort
+    from features.runner import EncoderRunner
 
     console = PatientConsole()
 
@@ -183,7 +185,7 @@ def _encoder(values: dict[str, Any]) -> Any:
 
 
 def _options(values: dict[str, Any]) -> Any:
-    from features.cohort import ExtractOptions
+    from features.pipeline import ExtractOptions
     from features.prepare import PrepareOptions
     from wsi.stream import default_read_threads
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from wsi.discover import SlideSource
 
 if TYPE_CHECKING:
-    from features.cohort import Outcome  # would load torch for every --help
+    from features.outcome import Outcome  # would load torch for every --help
 
 __all__ = ["CohortProgress"]
 

@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from features.cohort import ExtractOptions, Report, extract_slides
-    from features.encoder import Encoder, EncoderRequest, EncoderRunner, EncoderSpec, known_encoders, load_encoder
+    from features.cohort import extract_slides
+    from features.encoder import Encoder, EncoderRequest, EncoderSpec, known_encoders, load_encoder
     from features.extract import encode_slide
+    from features.outcome import Report
+    from features.pipeline import ExtractOptions
     from features.prepare import PrepareOptions
+    from features.runner import EncoderRunner
     from features.store import Features, FeatureStore, SlideStore
 
 __all__ = [
@@ -34,12 +37,12 @@ __all__ = [
 
 # Loaded when first asked for, so that reading a store does not wait for torch.
 _HOME = {
-    **dict.fromkeys(("ExtractOptions", "Report", "extract_slides"), "features.cohort"),
-    **dict.fromkeys(
-        ("Encoder", "EncoderRequest", "EncoderRunner", "EncoderSpec", "known_encoders", "load_encoder"),
-        "features.encoder",
-    ),
+    "extract_slides": "features.cohort",
+    **dict.fromkeys(("Encoder", "EncoderRequest", "EncoderSpec", "known_encoders", "load_encoder"), "features.encoder"),
     "encode_slide": "features.extract",
+    "Report": "features.outcome",
+    "ExtractOptions": "features.pipeline",
+    "EncoderRunner": "features.runner",
     "PrepareOptions": "features.prepare",
     **dict.fromkeys(("FeatureStore", "Features", "SlideStore"), "features.store"),
 }

@@ -1,19 +1,15 @@
 """Encoder: uint8 tiles in, float32 vectors out; and EncoderSpec, the row of facts that makes one."""
 
-import copy
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from features.custom import BACKBONES, did_you_mean, make_from_file
@@ -21,10 +17,8 @@ from features.weights import HubFile, WeightsRecord, draw_random, fetch, fit, re
 from wsi.errors import DeviceError, MissingWeightsError, ModelMismatchError, UnknownEncoderError, UsageError
 
 __all__ = [
-    "EncodedBatch",
     "Encoder",
     "EncoderRequest",
-    "EncoderRunner",
     "EncoderSpec",
     "build_encoder",
     "create_backbone",
@@ -340,101 +334,6 @@ class Encoder(nn.Module):
             return first
         patches = tokens[:, backbone.num_prefix_tokens :].mean(1, dtype=torch.float32)  # (B, C)
         return patches if self.spec.pooling == "mean" else torch.cat([first.float(), patches], dim=1)
-
-
-class EncodedBatch(NamedTuple):
-    """Vectors (B, D) float32 and whether each is finite (B,); a row that is not is NaN throughout."""
-
-    vectors: NDArray[np.float32]
-    finite: NDArray[np.bool_]
-
-
-class EncoderRunner:
-    """Runs an encoder batch after batch, and gets on where a batch does not go through.
-
-    - Out of memory: the batch is cut in half, down to one tile; the size that worked is kept for later batches.
-    - Vectors that are not finite: those tiles run once more in fp32 arithmetic, with the weights as they were rounded.
-      What is still not finite becomes NaN throughout and is reported, never hidden.
-
-    Row i depends on tile i alone, whatever the batch, but for the rounding of the device's kernels.
-
-    Attributes:
-        batch_limit: largest batch that fits, once one did not; None until then.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.batch_limit: int | None = None
-
-    def encode(self, pixels: NDArray[np.uint8]) -> EncodedBatch:
-        """Vectors of the tiles ``pixels`` (B, H, W, 3) uint8; B may be 0.
-
-        Raises:
-            DeviceError: a single tile does not fit into the device's memory, or the device failed.
-        """
-        pixels = np.require(pixels, requirements=["C", "W"])  # torch shares the memory and warns where it is read-only
-        vectors = self._run(pixels)
-        finite = np.asarray(np.isfinite(vectors).all(axis=1))
-        if not finite.all() and self.encoder.precision != "fp32":
-            again = np.flatnonzero(~finite)
-            vectors[again], finite[again] = self._in_fp32.encode(pixels[again])
-        vectors[~finite] = np.nan
-        return EncodedBatch(vectors, finite)
-
-    @cached_property
-    def _in_fp32(self) -> "EncoderRunner":
-        encoder = self.encoder
-        try:
-            backbone = copy.deepcopy(encoder.backbone)
-            return EncoderRunner(Encoder(encoder.spec, backbone, encoder.weights, device=encoder.device))
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"{encoder.device}: no memory for {encoder.spec.name} in fp32 as well, to run tiles again whose "
-                f"vectors in {encoder.precision} are not finite; free the device, or choose --precision fp32"
-            ) from error
-
-    def _run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        vectors = np.empty((len(pixels), self.encoder.dim), np.float32)
-        done = 0
-        while done < len(pixels):
-            end = min(done + (self.batch_limit or len(pixels)), len(pixels))
-            encoded = self._try(pixels[done:end])
-            if encoded is None:
-                self.batch_limit = (end - done) // 2
-                _release_memory(self.encoder.device)
-            else:
-                vectors[done:end] = encoded
-                done = end
-        return vectors
-
-    def _try(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-        """The vectors, or None when several tiles at once do not fit into memory.
-
-        Returns rather than retries, so that the tensors of the failed run are free before the next one.
-        """
-        device = self.encoder.device
-        try:
-            with torch.inference_mode():
-                encoded: NDArray[np.float32] = self.encoder(torch.from_numpy(pixels)).cpu().numpy()
-        except torch.OutOfMemoryError as error:
-            if len(pixels) > 1:
-                return None
-            raise DeviceError(
-                f"{device}: out of memory with a single tile, where a smaller --batch-size cannot help "
-                f"({self.encoder.spec.name}, {self.encoder.precision}); free the device, or choose another --device"
-            ) from error
-        except RuntimeError as error:
-            if "CUDA error" not in str(error):
-                raise
-            raise DeviceError(f"{device}: {str(error).splitlines()[0]}; run again to go on where it stopped") from error
-        return encoded
-
-
-def _release_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 def known_encoders() -> list[EncoderSpec]:

@@ -1,39 +1,23 @@
-"""Extract one slide: tiles in, vectors out. The loop, short enough to read at once."""
+"""Extract one slide into memory: tiles in, vectors out. And what the stages of a cohort's pipeline are linked by."""
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from features.encoder import Encoder, EncoderRunner
-from features.store import GOOD, NONFINITE, UNREADABLE
+from features.encoder import Encoder
+from features.runner import EncoderRunner
 from wsi.grid import TileGrid
 from wsi.slide import Slide
-from wsi.stream import TileBatch, TileStream, default_read_threads
+from wsi.stream import TileStream, default_read_threads
 
-__all__ = ["encode_batch", "encode_slide", "prefetch"]
+__all__ = ["Conveyor", "encode_slide", "prefetch"]
 
 Item = TypeVar("Item")
-
-
-class RowSink(Protocol):
-    """Takes rows in grid order."""
-
-    def write(self, vectors: NDArray[np.float32], status: NDArray[np.uint8]) -> None: ...
-
-
-def encode_batch(batch: TileBatch, runner: EncoderRunner, sink: RowSink) -> None:
-    """Vectors of one batch, in order, into ``sink``. Tiles that could not be read never reach the encoder."""
-    status = np.where(batch.readable, GOOD, UNREADABLE).astype(np.uint8)
-    vectors = np.full((len(batch), runner.encoder.dim), np.nan, np.float32)
-    if batch.readable.any():
-        encoded = runner.encode(batch.pixels if batch.readable.all() else batch.pixels[batch.readable])
-        vectors[batch.readable] = encoded.vectors
-        status[np.flatnonzero(batch.readable)[~encoded.finite]] = NONFINITE
-    sink.write(vectors, status)
 
 
 def encode_slide(
@@ -41,24 +25,78 @@ def encode_slide(
 ) -> NDArray[np.float32]:
     """(N, D) vectors of a slide's tiles in memory, for a notebook; NaN where a tile could not be read.
 
-    ``features.cohort.extract`` does the same into a store, resumable.
+    ``features.cohort.extract_slides`` does the same into a store, resumable.
     """
     runner = encoder if isinstance(encoder, EncoderRunner) else EncoderRunner(encoder)
-    rows = _Rows(len(grid), runner.encoder.dim)
-    stream = TileStream(slide, grid, batch_size=batch_size, threads=threads or default_read_threads())
-    for batch in stream:
-        encode_batch(batch, runner, rows)
-    return rows.vectors
+    vectors = np.full((len(grid), runner.encoder.dim), np.nan, np.float32)
+    for batch in TileStream(slide, grid, batch_size=batch_size, threads=threads or default_read_threads()):
+        rows = batch.start + np.flatnonzero(batch.readable)
+        if len(rows):
+            vectors[rows] = runner.encode(batch.pixels[batch.readable]).vectors
+    return vectors
 
 
-class _Rows:
-    def __init__(self, n: int, dim: int) -> None:
-        self.vectors = np.empty((n, dim), np.float32)
-        self._done = 0
+class Conveyor(Generic[Item]):
+    """Carries items from other threads to the one that iterates; at most ``depth`` are on it.
 
-    def write(self, vectors: NDArray[np.float32], status: NDArray[np.uint8]) -> None:
-        self.vectors[self._done : self._done + len(vectors)] = vectors
-        self._done += len(vectors)
+    What a source raises is raised where the items are taken. It ends when all sources have.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._items: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def put(self, item: Item) -> bool:
+        """Wait for room and add an item; False when nobody takes any more."""
+        return self._put((False, item))
+
+    def feed(self, make: Callable[[], Iterable[Item]]) -> None:
+        """Take the items of an iterable, made and run in a thread of its own."""
+        thread = threading.Thread(target=self._run, args=(make,), name="conveyor", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        ended = 0
+        while ended < len(self._threads):
+            last, value = self._items.get()
+            if not last:
+                yield value  # type: ignore[misc]  # not an error and not the end, so an item
+            elif isinstance(value, BaseException):
+                raise value
+            else:
+                ended += 1
+
+    def close(self) -> None:
+        """Stop the sources before their next items, and wait for them."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _put(self, entry: tuple[bool, Item | BaseException | None]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._items.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def _run(self, make: Callable[[], Iterable[Item]]) -> None:
+        try:
+            source = iter(make())
+            try:
+                for item in source:
+                    if not self.put(item):
+                        break
+            finally:
+                close = getattr(source, "close", None)
+                if close is not None:
+                    close()
+            self._put((True, None))
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            self._put((True, error))
 
 
 def prefetch(make: Callable[[], Iterable[Item]], depth: int) -> Generator[Item, None, None]:
@@ -66,42 +104,7 @@ def prefetch(make: Callable[[], Iterable[Item]], depth: int) -> Generator[Item, 
 
     What it raises is raised here. Leaving the loop early stops the thread before the next item.
     """
-    items: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(entry: tuple[bool, Item | BaseException | None]) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def run() -> None:
-        source = iter(make())
-        try:
-            for item in source:
-                if not put((False, item)):
-                    break
-            put((True, None))
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            put((True, error))
-        finally:
-            close = getattr(source, "close", None)
-            if close is not None:
-                close()
-
-    thread = threading.Thread(target=run, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            last, value = items.get()
-            if last:
-                if isinstance(value, BaseException):
-                    raise value
-                return
-            yield value  # type: ignore[misc]  # not an error and not the end, so an item
-    finally:
-        stop.set()
-        thread.join()
+    conveyor: Conveyor[Item] = Conveyor(depth)
+    with closing(conveyor):
+        conveyor.feed(make)
+        yield from conveyor

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from features.cohort import ExtractOptions, feature_dtype, stored_identity
-from features.encoder import EncoderRunner
 from features.keys import slide_key
+from features.pipeline import ExtractOptions, feature_dtype, stored_identity
 from features.prepare import grid_slide, is_current
+from features.runner import EncoderRunner
 from features.store import FeatureStore
 from features.writing import check_encoder
 from wsi.discover import Discovery, SlideSource
@@ -87,7 +87,7 @@ def _plan_slide(
     try:
         there = store.find(slide_key(source.relpath)) if store is not None else None
         if there is not None and is_current(there, source, options.prepare):
-            identity = stored_identity(runner.encoder, options)
+            identity = stored_identity(runner, options)
             n_tiles = there.manifest["grid"]["n_tiles"]
             return PlannedSlide(source.relpath, n_tiles, done=check_encoder(there, identity))
         prepare = options.prepare

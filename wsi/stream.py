@@ -1,46 +1,105 @@
-"""TileStream: a grid in, uint8 batches out, decoded by threads while the caller works on the batch before."""
+"""TileStream: a grid in, uint8 batches out, decoded by threads while the caller works on the batch before.
+
+A planner goes through the tiles in order and names the cells each is made of; threads decode cells, each once, and
+whoever decodes the last cell of a tile puts the tile together. Nobody waits for another's cell. What is kept in memory
+is the batches ahead, and the cells that tiles further on will touch again.
+"""
 
 import os
+import queue
+import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi.area import area_resize
+from wsi.cells import Cells, plan_cells
 from wsi.errors import ReadError
 from wsi.grid import TileGrid
-from wsi.readers.base import Pixels
+from wsi.readers.base import Pixels, TiledReader
 from wsi.slide import Slide
 
-__all__ = ["TileBatch", "TileStream", "default_read_threads"]
+__all__ = ["TileBatch", "TileJob", "TileSpan", "TileStream", "available_cores", "default_read_threads", "stream_jobs"]
+
+_KEPT_BYTES = 256 << 20  # of decoded cells that wait for tiles further on; past it some are decoded again
+_KEPT_CELLS = 64  # so many are kept whatever their size: those under the tiles being put together are among them
+
+
+@dataclass(eq=False)
+class TileJob:
+    """The tiles of one slide from ``first`` on, to be streamed.
+
+    Attributes:
+        cells_needed: cells that these tiles touch, known once the job has begun.
+        cells_decoded: how often one was decoded so far; more than needed only where memory did not suffice to keep them.
+        error: what ended the job early, other than pixels that cannot be read.
+    """
+
+    slide: Slide
+    grid: TileGrid
+    first: int = 0
+    cells_needed: int = field(default=0, init=False)
+    cells_decoded: int = field(default=0, init=False)
+    error: Exception | None = field(default=None, init=False)
+    is_cancelled: bool = field(default=False, init=False)
+
+    def cancel(self) -> None:
+        """Deliver no more of its tiles than those that are on their way."""
+        self.is_cancelled = True
+
+
+@dataclass(frozen=True)
+class TileSpan:
+    """Consecutive tiles of one job in a batch: rows ``start`` to ``stop`` of the batch are tiles ``first`` on of its grid."""
+
+    job: TileJob
+    first: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def at(self) -> slice:
+        """The rows of the batch."""
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class TileBatch:
-    """Consecutive tiles of a grid.
+    """Tiles of one slide, or of the end of one and the beginning of the next.
 
     Attributes:
-        start: the first tile's row in the grid.
         pixels: (B, tile_px, tile_px, 3) uint8. Where ``readable`` is False nothing is to be made of them.
         readable: (B,) whether the tile's pixels could be read.
+        spans: which tiles of which jobs these are, in order.
+        ended: jobs that have no tiles after these, in order. A batch of no tiles may carry some.
     """
 
-    start: int
     pixels: Pixels
     readable: NDArray[np.bool_]
+    spans: tuple[TileSpan, ...]
+    ended: tuple[TileJob, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def start(self) -> int:
+        """Row of the first tile in its grid."""
+        return self.spans[0].first
 
 
 @dataclass(frozen=True)
 class TileStream:
     """The tiles of ``grid`` from ``first`` on, in grid order, as batches.
 
-    Order and values depend on nothing but the grid. Memory is ``ahead + 1`` batches, whatever the slide's size. A tile
-    that cannot be read is marked; the others go on.
+    Order and values depend on nothing but the grid. Memory is ``ahead + 1`` batches and a bounded store of decoded
+    cells, whatever the slide's size. A tile that cannot be read is marked; the others go on.
     """
 
     slide: Slide
@@ -55,39 +114,317 @@ class TileStream:
             raise ValueError("batch_size, threads and ahead are at least 1")
 
     def __iter__(self) -> Iterator[TileBatch]:
-        starts = iter(range(self.first, len(self.grid), self.batch_size))
-        waiting: deque[tuple[TileBatch, list[Future[None]]]] = deque()
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read")
-        try:
-            for start in starts:
-                waiting.append(self._submit(pool, start))
-                if len(waiting) > self.ahead:
-                    yield _finished(*waiting.popleft())
-            while waiting:
-                yield _finished(*waiting.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        job = TileJob(self.slide, self.grid, self.first)
+        for batch in stream_jobs([job], batch_size=self.batch_size, threads=self.threads, ahead=self.ahead):
+            if job.error is not None:
+                raise job.error
+            if len(batch):
+                yield batch
 
-    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[TileBatch, list[Future[None]]]:
-        count = min(self.batch_size, len(self.grid) - start)
-        pixels = np.empty((count, self.grid.tile_px, self.grid.tile_px, 3), np.uint8)
-        batch = TileBatch(start, pixels, np.ones(count, np.bool_))
-        return batch, [pool.submit(self._fill, batch, row) for row in range(count)]
 
-    def _fill(self, batch: TileBatch, row: int) -> None:
-        try:
-            batch.pixels[row] = self.slide.read_tile(self.grid, batch.start + row)
-        except ReadError:
-            batch.readable[row] = False  # marked, never replaced by made-up pixels
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def default_read_threads() -> int:
     """As many as there are cores this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min(8, cores))
+    return max(1, min(8, available_cores()))
 
 
-def _finished(batch: TileBatch, tasks: list[Future[None]]) -> TileBatch:
-    for task in tasks:
-        task.result()
-    return batch
+def stream_jobs(
+    jobs: Iterable[TileJob],
+    *,
+    batch_size: int = 64,
+    threads: int = 2,
+    ahead: int = 3,
+    allocate: Callable[[tuple[int, ...]], Pixels] = lambda shape: np.empty(shape, np.uint8),
+) -> Generator[TileBatch, None, None]:
+    """Batches of the tiles of all jobs, one job after the other; a batch is full unless it is the last.
+
+    ``jobs`` is gone through in a thread of its own, which may wait for it; all tiles have the same size.
+
+    Args:
+        allocate: makes the memory for a batch, such as memory that a GPU can copy from.
+
+    Raises:
+        Exception: what ``jobs`` or ``allocate`` raises. What a job's reader raises becomes that job's ``error``.
+    """
+    pool = _Pool(batch_size, ahead, allocate)
+    planner = threading.Thread(target=pool.plan, args=(jobs,), name="read-plan", daemon=True)
+    workers = [threading.Thread(target=pool.work, name=f"read-{n}", daemon=True) for n in range(threads)]
+    for thread in (planner, *workers):
+        thread.start()
+    try:
+        while (batch := pool.take()) is not None:
+            yield batch
+    finally:
+        pool.close(len(workers))
+        for thread in (planner, *workers):
+            thread.join()
+
+
+@dataclass(eq=False, slots=True)
+class _Cell:
+    """A cell and who waits for it; ``waiting`` is None once it is decoded, ``pixels`` then None if it cannot be."""
+
+    source: "_Source"
+    corner: tuple[int, int]
+    waiting: "list[_Tile] | None" = field(default_factory=list)
+    pixels: Pixels | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Tile:
+    batch: "_Batch"
+    row: int
+    source: "_Source"
+    index: int
+    cells: list[_Cell] = field(default_factory=list)
+    missing: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Batch:
+    pixels: Pixels
+    readable: NDArray[np.bool_]
+    spans: list[TileSpan] = field(default_factory=list)
+    ended: list[TileJob] = field(default_factory=list)
+    planned: int = 0
+    made: int = 0
+    is_planned: bool = False
+
+    def freeze(self) -> TileBatch:
+        n = self.planned
+        return TileBatch(self.pixels[:n], self.readable[:n], tuple(self.spans), tuple(self.ended))
+
+
+class _Source:
+    """Where one job's cells come from, and how its tiles are made of them."""
+
+    def __init__(self, job: TileJob) -> None:
+        reader, level = job.slide.reader, job.grid.level
+        self.job = job
+        self._reader, self._level = reader, level
+        self._tiled = reader if isinstance(reader, TiledReader) else None
+        self.cells: Cells = plan_cells(job.grid, None if self._tiled is None else self._tiled.tile_size(level))
+        self._tile_px = job.grid.tile_px
+        self._factor = self.cells.factor or (1, 1)
+        w, h = self.cells.size
+        self._cell_size = (w // self._factor[0], h // self._factor[1])  # as it is kept
+        self.cell_bytes = 3 * self._cell_size[0] * self._cell_size[1]
+
+    def decode(self, corner: tuple[int, int]) -> Pixels | None:
+        """A cell's pixels, reduced where that can be done by cell; None where they cannot be read, or need not be."""
+        if self.job.is_cancelled:
+            return None
+        try:
+            if self._tiled is not None:
+                pixels = self._tiled.read_stored(self._level, *corner)
+            else:
+                pixels = self._reader.read(self._level, *corner, *self.cells.size)
+            return area_resize(pixels, self._cell_size)
+        except ReadError:
+            return None  # its tiles are marked, never filled with made-up pixels
+        except Exception as error:  # noqa: BLE001 - kept, and raised by whoever asked for the job
+            self.job.error = error
+            self.job.cancel()
+            return None
+
+    def assemble(self, tile: _Tile) -> None:
+        """Put a tile's pixels into its batch."""
+        out = whole = tile.batch.pixels[tile.row]
+        if self.cells.factor is None:
+            whole = np.empty((self.cells.tile[1], self.cells.tile[0], 3), np.uint8)
+        x, y = (int(value) for value in self.cells.corners[tile.index])
+        fx, fy = self._factor
+        h, w = whole.shape[:2]
+        for cell in tile.cells:
+            if cell.pixels is None:
+                tile.batch.readable[tile.row] = False
+                return
+            dx, dy = (cell.corner[0] - x) // fx, (cell.corner[1] - y) // fy  # of the cell in the tile
+            part = cell.pixels[max(0, -dy) : h - dy, max(0, -dx) : w - dx]
+            whole[max(0, dy) : max(0, dy) + part.shape[0], max(0, dx) : max(0, dx) + part.shape[1]] = part
+        if whole is not out:
+            out[...] = area_resize(whole, (self._tile_px, self._tile_px))
+
+
+class _Pool:
+    """What the planner, the threads and the consumer share. ``_lock`` guards cells' and batches' states."""
+
+    def __init__(self, batch_size: int, ahead: int, allocate: Callable[[tuple[int, ...]], Pixels]) -> None:
+        self._batch_size = batch_size
+        self._ahead = ahead
+        self._allocate = allocate
+        self._tasks: queue.SimpleQueue[_Cell | _Tile | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._batches: deque[_Batch] = deque()  # planned and not taken yet
+        self._is_over = False  # nothing more will be planned
+        self._is_closed = False
+        self._error: BaseException | None = None
+
+    # --- the consumer's side ---
+
+    def take(self) -> TileBatch | None:
+        """The next batch, once it is whole; None at the end."""
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                if self._batches and self._batches[0].is_planned and self._batches[0].made == self._batches[0].planned:
+                    self._changed.notify_all()  # there is room for another
+                    return self._batches.popleft().freeze()
+                if self._is_over and not self._batches:
+                    return None
+                self._changed.wait()
+
+    def close(self, workers: int) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for _ in range(workers):
+            self._tasks.put(None)
+
+    # --- the threads' side ---
+
+    def work(self) -> None:
+        try:
+            while (task := self._tasks.get()) is not None:
+                if self._is_closed:
+                    return
+                ready = [task] if isinstance(task, _Tile) else self._decoded(task)
+                for tile in ready:
+                    tile.source.assemble(tile)
+                if ready:
+                    self._made(ready)
+        except BaseException as error:  # noqa: BLE001 - raised by `take`
+            self._fail(error)
+
+    def _decoded(self, cell: _Cell) -> list[_Tile]:
+        """Decode a cell; the tiles that lacked nothing else."""
+        pixels = cell.source.decode(cell.corner)
+        with self._lock:
+            waiting, cell.waiting, cell.pixels = cell.waiting or [], None, pixels
+            cell.source.job.cells_decoded += 1
+            for tile in waiting:
+                tile.missing -= 1
+            return [tile for tile in waiting if not tile.missing]
+
+    def _made(self, tiles: list[_Tile]) -> None:
+        with self._changed:
+            for tile in tiles:
+                tile.cells = []
+                tile.batch.made += 1
+            self._changed.notify_all()
+
+    # --- the planner's side ---
+
+    def plan(self, jobs: Iterable[TileJob]) -> None:
+        try:
+            for job in jobs:
+                try:
+                    source = _Source(job)
+                    needed = source.cells.uses(job.first) if source.cells.shared else None
+                except Exception as error:  # noqa: BLE001 - kept, and raised by whoever asked for the job
+                    job.error = error
+                else:
+                    job.cells_needed = len(job.grid) - job.first if needed is None else int(np.count_nonzero(needed))
+                    self._plan_tiles(source, needed)
+                if not self._end(job):
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised by `take`
+            self._fail(error)
+        with self._changed:
+            self._is_over = True
+            if self._batches:
+                self._batches[-1].is_planned = True
+            self._changed.notify_all()
+
+    def _plan_tiles(self, source: _Source, left: NDArray[np.int32] | None) -> None:
+        """Name the cells of each tile; ``left`` says how many tiles have yet to touch each, and is counted down."""
+        job, size = source.job, source.cells.size
+        kept: dict[tuple[int, int], _Cell] = {}
+        most = max(_KEPT_CELLS, _KEPT_BYTES // source.cell_bytes)
+        for index in range(job.first, len(job.grid)):
+            batch = self._room(source)
+            if batch is None or job.is_cancelled:
+                return
+            tile = _Tile(batch, batch.planned, source, index)
+            tasks: list[_Cell | _Tile] = []
+            corners = list(source.cells.under(index))
+            for corner in corners:
+                cell = kept.get(corner)
+                if cell is None:
+                    cell = _Cell(source, corner)
+                    tasks.append(cell)
+                    if left is not None:
+                        kept[corner] = cell
+                if left is not None:
+                    at = (corner[1] // size[1], corner[0] // size[0])
+                    left[at] -= 1
+                    if left[at] == 0:
+                        kept.pop(corner, None)
+                tile.cells.append(cell)
+            while len(kept) > most:
+                _drop_one(kept, corners)
+            self._add(tile, tasks)
+
+    def _room(self, source: _Source) -> _Batch | None:
+        """A batch with a free row, once one is allowed; None when the consumer has gone."""
+        with self._changed:
+            batch = self._batches[-1] if self._batches else None
+            if batch is not None and not batch.is_planned:
+                return batch
+            while len(self._batches) >= self._ahead and not self._is_closed:
+                self._changed.wait()
+            if self._is_closed:
+                return None
+        px = source.job.grid.tile_px
+        batch = _Batch(self._allocate((self._batch_size, px, px, 3)), np.ones(self._batch_size, np.bool_))
+        with self._changed:
+            self._batches.append(batch)
+        return batch
+
+    def _add(self, tile: _Tile, tasks: "list[_Cell | _Tile]") -> None:
+        batch, job = tile.batch, tile.source.job
+        with self._changed:
+            for cell in tile.cells:
+                if cell.waiting is not None:
+                    cell.waiting.append(tile)
+                    tile.missing += 1
+            if not tile.missing:
+                tasks.append(tile)
+            last = batch.spans[-1] if batch.spans else None
+            if last is not None and last.job is job:
+                batch.spans[-1] = TileSpan(job, last.first, last.start, tile.row + 1)
+            else:
+                batch.spans.append(TileSpan(job, tile.index, tile.row, tile.row + 1))
+            batch.planned += 1
+            if batch.planned == self._batch_size:
+                batch.is_planned = True
+        for task in tasks:
+            self._tasks.put(task)
+
+    def _end(self, job: TileJob) -> bool:
+        """Note that a job has no more tiles; False when the consumer has gone."""
+        with self._changed:
+            if self._batches:
+                self._batches[-1].ended.append(job)
+            else:  # its tiles have all been taken, or there are none
+                nothing = np.empty((0, 0, 0, 3), np.uint8)
+                self._batches.append(_Batch(nothing, np.empty(0, np.bool_), ended=[job], is_planned=True))
+                self._changed.notify_all()
+            return not self._is_closed
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+
+def _drop_one(kept: dict[tuple[int, int], _Cell], but: list[tuple[int, int]]) -> None:
+    """Let go of the cell that is needed last: of tiles in rows that is the newest one, those in use left out."""
+    corner = next((corner for corner in reversed(kept) if corner not in but), None)
+    kept.pop(corner if corner is not None else next(iter(kept)))

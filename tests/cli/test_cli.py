@@ -19,7 +19,7 @@ from cli.extract import extract
 from cli.main import wsi
 from cli.progress import CohortProgress
 from features import FeatureStore
-from features.cohort import Outcome
+from features.outcome import Outcome
 from tests.features.test_cohort import slide_file
 from wsi.discover import SlideSource
 
@@ -326,8 +326,15 @@ def test_progress_on_a_terminal_and_off_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_report_lines_are_json(command: Any, tmp_path: Path) -> None:
     slide_file(tmp_path / "a.tif")
     command("wsi-extract", tmp_path / "a.tif", tmp_path / "out", *SMALL)
-    (line,) = (tmp_path / "out" / "report.jsonl").read_text().splitlines()
-    row = json.loads(line)
+    row, run = (json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines())
     assert row["status"] == "done"
     assert row["mpp"] == [1.0, 1.0]
-    assert row["encoder"] == "colour-stats"
+    assert row["encoders"] == {"colour-stats": {"dim": 9, "n_nonfinite": 0}}
+    assert run["status"] == "run"
+    assert "the encoder was busy" in run["message"]
+    for line in (row, run):
+        assert line["n_tiles"] > 0
+        assert line["decode_ratio"] == 1
+        assert 0 <= line["waited_s"] + line["encoder_busy_s"] <= line["loop_s"] + 0.002
+        assert line["tiles_per_s"] == pytest.approx(line["n_tiles"] / line["loop_s"], rel=0.1)
+        assert line["peak_memory_mb"] > 50

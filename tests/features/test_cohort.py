@@ -21,12 +21,13 @@ import torch
 import features.writing
 from features import ExtractOptions, FeatureStore, PrepareOptions, encode_slide, extract_slides, load_encoder
 from features.cohort import extract_cohort
-from features.encoder import EncoderRequest, EncoderRunner
+from features.encoder import EncoderRequest
 from features.extract import prefetch
 from features.keys import slide_key
 from features.lease import Lease
 from features.plan import plan_cohort
 from features.prepare import prepare_slide
+from features.runner import EncoderRunner
 from tests.wsi.test_readers import corrupt_one_tile, write_tiff
 from wsi import Annotation, Slide, Tiling, read_geojson, write_geojson
 from wsi.discover import SlideSource, discover
@@ -115,7 +116,8 @@ def test_a_folder_ends_by_itself_with_every_slide_accounted_for(cohort: Any, tmp
         "notes.txt": ("ignored", "IGNORED"),
     }
     assert report.exit_code == 3
-    lines = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    *lines, run = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert (run["status"], run["slide"]) == ("run", "")
     assert {line["slide"]: (line["status"], line["code"]) for line in lines} == codes(report)
     for line in lines:
         if line["status"] == "failed":
@@ -142,7 +144,7 @@ def test_running_again_encodes_nothing_and_opens_no_slide(
         return really(*args, **options)
 
     monkeypatch.setattr(Slide, "open", noting)
-    monkeypatch.setattr(EncoderRunner, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(EncoderRunner, "start", lambda *_: pytest.fail("encoded again"))
     report = extract_slides(cohort, tmp_path / "out", ENCODER, OPTIONS)
     assert report.count("skipped") == 4
     assert report.count("done", "empty") == 0
@@ -250,7 +252,7 @@ def test_non_finite_vectors_are_flagged_not_hidden(tmp_path: Path) -> None:
     report = extract_slides(slide_file(tmp_path / "a.tif"), tmp_path / "out", name, OPTIONS)
     features = FeatureStore(tmp_path / "out").slide("a").features("plugin.py:build")
     bad = features.status == 2
-    assert report.outcomes[0].facts["n_nonfinite"] == bad.sum() > 0
+    assert report.outcomes[0].facts["encoders"]["plugin.py:build"]["n_nonfinite"] == bad.sum() > 0
     assert (~bad).sum() > 0
     assert np.array_equal(np.isnan(features.numpy()).all(axis=1), bad)
     assert FeatureStore(tmp_path / "out").verify(deep=True) == []
@@ -301,7 +303,7 @@ def test_a_fault_of_the_machine_stops_the_run_and_leaves_no_lease(
     def lost(*_: Any) -> None:
         raise DeviceError("the GPU went away")
 
-    monkeypatch.setattr(EncoderRunner, "encode", lost)
+    monkeypatch.setattr(EncoderRunner, "start", lost)
     with pytest.raises(DeviceError):
         extract_slides(tmp_path / "slides", tmp_path / "out", ENCODER, OPTIONS)
     assert list((tmp_path / "out" / ".locks").iterdir()) == []

@@ -25,7 +25,6 @@ from torchvision.transforms import v2
 from features.encoder import (
     Encoder,
     EncoderRequest,
-    EncoderRunner,
     EncoderSpec,
     build_encoder,
     create_backbone,
@@ -33,6 +32,7 @@ from features.encoder import (
     resolve_device,
     resolve_precision,
 )
+from features.runner import EncoderRunner
 from features.weights import state_sha256
 from features.zoo import ZOO
 from wsi.errors import DeviceError, MissingWeightsError, ModelMismatchError, UnknownEncoderError, UsageError

@@ -1,16 +1,23 @@
 """TileStream: every tile, in order, whatever the threads; bounded; bad tiles marked."""
 
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import shapely
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.wsi.test_readers import corrupt_one_tile, picture, write_tiff
 from wsi import Annotation, Slide, TileStream, Tiling
 from wsi.errors import NotASlideError
+from wsi.readers import ArrayReader
+from wsi.resolution import Mpp
+from wsi.stream import TileJob, stream_jobs
 
 EVERYTHING = [Annotation(shapely.box(0, 0, 10_000, 10_000))]
 
@@ -52,20 +59,142 @@ def test_tiles_that_cannot_be_read_are_marked_and_the_others_go_on(tmp_path: Pat
         np.testing.assert_array_equal(pixels[index], intact.read_tile(grid, int(index)))
 
 
-def test_never_more_batches_are_in_memory_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    slide = Slide.from_array(picture(), mpp=0.5)
-    grid = slide.grid(Tiling(tile_px=16), tissue=EVERYTHING)
-    started, lock = [], threading.Lock()
-    read = slide.read_tile
+class Watched(ArrayReader):
+    """Notes which boxes are read; ``fault`` may raise."""
 
-    def counting(of: Any, index: Any) -> Any:
-        with lock:
-            started.append(index)
-        return read(of, index)
+    def __init__(self, image: Any, fault: Any = lambda place: None) -> None:
+        super().__init__([image])
+        self.fault = fault
+        self.boxes: list[tuple[int, ...]] = []
 
-    monkeypatch.setattr(slide, "read_tile", counting)
+    def read(self, level: int, x: int, y: int, w: int, h: int) -> Any:
+        self.boxes.append((x, y, w, h))
+        self.fault((x, y))
+        return super().read(level, x, y, w, h)
+
+
+class Tiled(Watched):
+    """As if the picture lay in a file in tiles of 48 x 32 pixels."""
+
+    def tile_size(self, level: int) -> tuple[int, int]:
+        return 48, 32
+
+    def read_stored(self, level: int, x: int, y: int) -> Any:
+        return self.read(level, x, y, 48, 32)
+
+
+def slide_of(reader: Watched) -> Slide:
+    return Slide(reader, name="test", path=None, mpp=Mpp(0.25, 0.25, "flag"))
+
+
+@given(
+    st.sampled_from([Watched, Tiled]),
+    st.integers(1, 40),
+    st.floats(0.25, 1.6),
+    st.floats(0, 0.9),
+    st.sampled_from(["drop", "pad"]),
+    st.integers(0, 30),
+)
+def test_every_tile_is_what_reading_it_alone_gives(
+    kind: Any, tile_px: int, mpp: float, overlap: float, edge: Any, first: int
+) -> None:
+    slide = slide_of(kind(picture()[:150, :200]))
+    tiling = Tiling(mpp=mpp, tile_px=tile_px, overlap_px=int(overlap * (tile_px - 1)), edge=edge, mpp_tolerance=1)
+    grid = slide.lattice(tiling)
+    chosen = np.random.default_rng(tile_px).random(len(grid)) < 0.1
+    grid = replace(grid, xy=grid.xy[chosen][:60], tissue=grid.tissue[chosen][:60])
+    batches = list(TileStream(slide, grid, batch_size=7, first=min(first, len(grid))))
+    got = [pixels for batch in batches for pixels in batch.pixels]
+    expected = [slide.read_tile(grid, i) for i in range(min(first, len(grid)), len(grid))]
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("kind", "overlap_px"), [(Watched, 0), (Watched, 32), (Tiled, 0), (Tiled, 32), (Tiled, 13)])
+@pytest.mark.parametrize("first", [0, 5])
+def test_each_piece_of_the_file_is_decoded_once(kind: Any, overlap_px: int, first: int) -> None:
+    reader = kind(picture())
+    slide = slide_of(reader)
+    job = TileJob(slide, slide.lattice(Tiling(mpp=0.5, tile_px=64, overlap_px=overlap_px)), first)
+    assert sum(len(batch) for batch in stream_jobs([job], batch_size=4, threads=3)) == len(job.grid) - first
+    assert len(reader.boxes) == len(set(reader.boxes)) == job.cells_decoded == job.cells_needed > 0
+
+
+def test_memory_that_does_not_suffice_costs_decoding_twice_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsi.stream._KEPT_CELLS", 6)
+    monkeypatch.setattr("wsi.stream._KEPT_BYTES", 6 * 48 * 32 * 3 // 4)
+    slide = slide_of(Tiled(picture()))
+    job = TileJob(slide, slide.lattice(Tiling(mpp=0.5, tile_px=64, overlap_px=32)))
+    pixels = np.concatenate([batch.pixels for batch in stream_jobs([job])])
+    np.testing.assert_array_equal(pixels, [slide.read_tile(job.grid, i) for i in range(len(job.grid))])
+    assert 1 < job.cells_decoded / job.cells_needed < 4  # without any keeping it would be 9
+
+
+def test_jobs_follow_each_other_in_full_batches() -> None:
+    """A batch is filled up with the next slide's tiles; spans say whose is which; ends come in order."""
+    slides = [slide_of(Tiled(picture()[: 64 * n, :])) for n in (1, 2, 3)]
+    jobs = [
+        TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=32)), first) for slide, first in zip(slides, (0, 3, 1))
+    ]
+    empty = TileJob(slides[0], replace(jobs[0].grid, xy=jobs[0].grid.xy[:0], tissue=jobs[0].grid.tissue[:0]))
+    asked = [empty, jobs[0], empty, jobs[1], jobs[2]]
+    batches = list(stream_jobs(iter(asked), batch_size=11))
+    assert {len(batch) for batch in batches[:-1] if len(batch)} == {11}
+    assert [job for batch in batches for job in batch.ended] == asked
+    seen: dict[TileJob, list[int]] = {job: [] for job in jobs}
+    for batch in batches:
+        for span in batch.spans:
+            seen[span.job] += range(span.first, span.first + len(span))
+            for row, index in zip(batch.pixels[span.at], range(span.first, span.first + len(span)), strict=True):
+                np.testing.assert_array_equal(row, span.job.slide.read_tile(span.job.grid, index))
+    assert all(tiles == list(range(job.first, len(job.grid))) for job, tiles in seen.items())
+
+
+def test_a_job_that_fails_leaves_the_others_alone() -> None:
+    def gone(place: Any) -> None:
+        if place == (96, 64):
+            raise NotASlideError("a.svs: the file went away")
+
+    bad, good = slide_of(Tiled(picture(), gone)), slide_of(Tiled(picture()))
+    jobs = [TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=32))) for slide in (bad, good)]
+    done = dict.fromkeys(jobs, 0)
+    for batch in stream_jobs(jobs, batch_size=8):
+        for span in batch.spans:
+            done[span.job] += int(batch.readable[span.at].sum())
+    assert isinstance(jobs[0].error, NotASlideError)
+    assert done[jobs[0]] < len(jobs[0].grid)
+    assert (jobs[1].error, done[jobs[1]]) == (None, len(jobs[1].grid))
+
+
+def test_a_cancelled_job_ends_soon() -> None:
+    reader = Tiled(picture())
+    slide = slide_of(reader)
+    job = TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=8)))
+    batches = stream_jobs([job], batch_size=10, ahead=1)
+    next(batches)
+    job.cancel()
+    assert sum(len(batch) for batch in batches) <= 30
+    assert len(reader.boxes) < job.cells_needed / 2
+
+
+def test_what_makes_the_jobs_fail_is_raised() -> None:
+    def jobs() -> Any:
+        yield from ()
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError, match="no more"):
+        list(stream_jobs(jobs()))
+
+
+def test_no_further_than_the_batches_ahead_is_decoded() -> None:
+    reader = Watched(picture())
+    slide = slide_of(reader)
+    grid = slide.lattice(Tiling(mpp=0.25, tile_px=16))
+    columns = len(np.unique(grid.xy[:, 0]))
     for taken, _ in enumerate(TileStream(slide, grid, batch_size=10, threads=4, ahead=2)):
-        assert max(started) < (taken + 1 + 2) * 10
+        time.sleep(0.002)
+        assert max(x // 16 + y // 16 * columns for x, y, _, _ in list(reader.boxes)) < (taken + 1 + 2) * 10
 
 
 def test_leaving_early_stops_the_threads() -> None:
@@ -77,16 +206,13 @@ def test_leaving_early_stops_the_threads() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("read")]
 
 
-def test_errors_that_are_not_about_one_tile_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    slide = Slide.from_array(picture(), mpp=0.5)
-    grid = slide.grid(Tiling(tile_px=64), tissue=EVERYTHING)
-
-    def gone(of: Any, index: Any) -> None:
+def test_errors_that_are_not_about_one_tile_are_raised() -> None:
+    def gone(place: Any) -> None:
         raise NotASlideError("a.svs: the file went away")
 
-    monkeypatch.setattr(slide, "read_tile", gone)
+    slide = slide_of(Watched(picture(), gone))
     with pytest.raises(NotASlideError):
-        list(TileStream(slide, grid))
+        list(TileStream(slide, slide.lattice(Tiling(mpp=0.25, tile_px=64))))
 
 
 def test_an_empty_grid_is_an_empty_stream() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from wsi.grid import Box
 
-__all__ = ["RGB", "WHITE", "PerProcess", "Pixels", "Reader", "flatten", "paste"]
+__all__ = ["RGB", "WHITE", "PerProcess", "Pixels", "Reader", "TiledReader", "flatten", "paste"]
 
 Pixels = NDArray[np.uint8]
 RGB = tuple[int, int, int]
@@ -55,6 +55,25 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Give the file back. Reading afterwards opens it again."""
+        ...
+
+
+@runtime_checkable
+class TiledReader(Reader, Protocol):
+    """A reader that can give the file's own tiles, so that each is decoded once for all who need it."""
+
+    def tile_size(self, level: int) -> tuple[int, int]:
+        """(width, height) of a stored tile."""
+        ...
+
+    def read_stored(self, level: int, x: int, y: int) -> Pixels:
+        """The whole stored tile whose corner is at (x, y), in the level's own pixels; outside is background colour.
+
+        Nothing is kept: the caller plans who needs it.
+
+        Raises:
+            ReadError: it cannot be decoded.
+        """
         ...
 
 

@@ -92,6 +92,26 @@ class TiffReader:
                 pixels[top - y : bottom - y, left - x : right - x] = part
         return pixels
 
+    def tile_size(self, level: int) -> tuple[int, int]:
+        return self._levels[level].tile
+
+    def read_stored(self, level: int, x: int, y: int) -> Pixels:
+        about = self._levels[level]
+        column, row = x // about.tile[0], y // about.tile[1]
+        if not (0 <= column < about.columns and 0 <= row < len(about.counts) // about.columns):
+            return self._blank(about.tile)
+        try:
+            tile = self._decode(self._file(), level, row * about.columns + column)
+        except ReadError as error:
+            raise ReadError(f"{self.path}: level {level}: {error}") from error
+        if tile is None:
+            return self._blank(about.tile)
+        box = about.box(row * about.columns + column)
+        if (box.w, box.h) != about.tile:
+            tile = tile.copy()
+            tile[box.h :], tile[:, box.w :] = self.background, self.background
+        return tile
+
     def close(self) -> None:
         self._files.take()  # its file is closed when the last thread that reads from it lets go
         self._openslide.close()
@@ -103,23 +123,30 @@ class TiffReader:
             raise ReadError(f"{self.path}: cannot be opened again: {error.strerror}") from error
 
     def _tile(self, file: "_File", level: int, index: int) -> Pixels | None:
+        """As ``_decode``, from the tiles decoded last where it is among them."""
+        if not self._levels[level].counts[index]:
+            return None
+        return file.tile((level, index), lambda: self._decode(file, level, index))
+
+    def _decode(self, file: "_File", level: int, index: int) -> Pixels | None:
         """A whole tile, or None where there is none."""
         about = self._levels[level]
         if not about.counts[index]:
             return None
+        try:
+            data = file.bytes_at(about.offsets[index], about.counts[index])
+            pixels = about.coding.decode(data, *about.tile, about.tables)
+            if about.coding.compression == JPEG and may_lack_data(pixels):
+                self._ask_openslide(level, index)
+        except (OSError, RuntimeError, ValueError, ReadError) as error:
+            row, column = divmod(index, about.columns)
+            raise ReadError(f"tile ({column}, {row}): {error}") from error
+        return pixels
 
-        def decode() -> Pixels:
-            try:
-                data = file.bytes_at(about.offsets[index], about.counts[index])
-                pixels = about.coding.decode(data, *about.tile, about.tables)
-                if about.coding.compression == JPEG and may_lack_data(pixels):
-                    self._ask_openslide(level, index)
-            except (OSError, RuntimeError, ValueError, ReadError) as error:
-                row, column = divmod(index, about.columns)
-                raise ReadError(f"tile ({column}, {row}): {error}") from error
-            return pixels
-
-        return file.tile((level, index), decode)
+    def _blank(self, size: tuple[int, int]) -> Pixels:
+        blank = np.empty((size[1], size[0], 3), np.uint8)
+        blank[...] = self.background
+        return blank
 
     def _ask_openslide(self, level: int, index: int) -> None:
         """Raise ReadError unless OpenSlide, to which a decoder's warning is an error, has no fault to find in a tile."""
@@ -199,7 +226,7 @@ class _File:
             raise ValueError(f"only {len(data)} of its {count} bytes are there")
         return data
 
-    def tile(self, key: tuple[int, int], decode: Callable[[], Pixels]) -> Pixels:
+    def tile(self, key: tuple[int, int], decode: Callable[[], Pixels | None]) -> Pixels | None:
         """The tile kept under ``key``, or decoded now; who wants it meanwhile waits for the first."""
         with self._lock:
             kept = self._tiles.get(key)
@@ -219,7 +246,7 @@ class _File:
             raise
         mine.set_result(pixels)
         with self._lock:
-            self._bytes += pixels.nbytes
+            self._bytes += 0 if pixels is None else pixels.nbytes
             while self._bytes > _CACHE_BYTES:
                 self._forget_oldest()
         return pixels
