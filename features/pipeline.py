@@ -361,6 +361,7 @@ class Pipeline:
         """The vectors of a batch by all encoders, and the slides that end with it."""
         for flight in flights:
             yield from self._landed(flight)
+        batch.release()
         for job in batch.ended:
             work = self._works.pop(job)
             counts = Timing(len(job.grid) - job.first, cells_needed=job.cells_needed, cells_decoded=job.cells_decoded)

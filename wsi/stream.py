@@ -78,12 +78,14 @@ class TileBatch:
         readable: (B,) whether the tile's pixels could be read.
         spans: which tiles of which jobs these are, in order.
         ended: jobs that have no tiles after these, in order. A batch of no tiles may carry some.
+        release: call it to let a later batch have the memory of ``pixels``, which are not to be looked at any more then.
     """
 
     pixels: Pixels
     readable: NDArray[np.bool_]
     spans: tuple[TileSpan, ...]
-    ended: tuple[TileJob, ...] = ()
+    ended: tuple[TileJob, ...]
+    release: Callable[[], None]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -194,9 +196,31 @@ class _Batch:
     made: int = 0
     is_planned: bool = False
 
-    def freeze(self) -> TileBatch:
+    @property
+    def is_whole(self) -> bool:
+        return self.is_planned and self.made == self.planned
+
+    def freeze(self, release: Callable[[Pixels], None]) -> TileBatch:
         n = self.planned
-        return TileBatch(self.pixels[:n], self.readable[:n], tuple(self.spans), tuple(self.ended))
+        ends = tuple(self.spans), tuple(self.ended)
+        return TileBatch(self.pixels[:n], self.readable[:n], *ends, lambda: release(self.pixels))
+
+
+class _Scratch:
+    """Memory of one thread for pixels that are reduced at once: new pages cost a third of what decoding does."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, int], Pixels] = {}
+
+    def of(self, size: tuple[int, int]) -> Pixels:
+        """(height, width, 3) for a ``size`` (width, height); what was in it does not matter any more."""
+        array = self._arrays.get(size)
+        if array is None:
+            self._arrays = {
+                size: np.empty((size[1], size[0], 3), np.uint8)
+            }  # slides differ: only the last size is kept
+            array = self._arrays[size]
+        return array
 
 
 class _Source:
@@ -214,13 +238,14 @@ class _Source:
         self._cell_size = (w // self._factor[0], h // self._factor[1])  # as it is kept
         self.cell_bytes = 3 * self._cell_size[0] * self._cell_size[1]
 
-    def decode(self, corner: tuple[int, int]) -> Pixels | None:
+    def decode(self, corner: tuple[int, int], scratch: "_Scratch") -> Pixels | None:
         """A cell's pixels, reduced where that can be done by cell; None where they cannot be read, or need not be."""
         if self.job.is_cancelled:
             return None
         try:
             if self._tiled is not None:
-                pixels = self._tiled.read_stored(self._level, *corner)
+                out = None if self._factor == (1, 1) else scratch.of(self.cells.size)
+                pixels = self._tiled.read_stored(self._level, *corner, out)
             else:
                 pixels = self._reader.read(self._level, *corner, *self.cells.size)
             return area_resize(pixels, self._cell_size)
@@ -231,11 +256,11 @@ class _Source:
             self.job.cancel()
             return None
 
-    def assemble(self, tile: _Tile) -> None:
+    def assemble(self, tile: _Tile, scratch: "_Scratch") -> None:
         """Put a tile's pixels into its batch."""
         out = whole = tile.batch.pixels[tile.row]
         if self.cells.factor is None:
-            whole = np.empty((self.cells.tile[1], self.cells.tile[0], 3), np.uint8)
+            whole = scratch.of(self.cells.tile)
         x, y = (int(value) for value in self.cells.corners[tile.index])
         fx, fy = self._factor
         h, w = whole.shape[:2]
@@ -261,6 +286,7 @@ class _Pool:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._batches: deque[_Batch] = deque()  # planned and not taken yet
+        self._free: list[Pixels] = []  # memory of batches that were released: new pages cost as much as stitching
         self._is_over = False  # nothing more will be planned
         self._is_closed = False
         self._error: BaseException | None = None
@@ -273,9 +299,9 @@ class _Pool:
             while True:
                 if self._error is not None:
                     raise self._error
-                if self._batches and self._batches[0].is_planned and self._batches[0].made == self._batches[0].planned:
+                if self._batches and self._batches[0].is_whole:
                     self._changed.notify_all()  # there is room for another
-                    return self._batches.popleft().freeze()
+                    return self._batches.popleft().freeze(self._free.append)
                 if self._is_over and not self._batches:
                     return None
                 self._changed.wait()
@@ -291,20 +317,21 @@ class _Pool:
 
     def work(self) -> None:
         try:
+            scratch = _Scratch()
             while (task := self._tasks.get()) is not None:
                 if self._is_closed:
                     return
-                ready = [task] if isinstance(task, _Tile) else self._decoded(task)
+                ready = [task] if isinstance(task, _Tile) else self._decoded(task, scratch)
                 for tile in ready:
-                    tile.source.assemble(tile)
+                    tile.source.assemble(tile, scratch)
                 if ready:
                     self._made(ready)
         except BaseException as error:  # noqa: BLE001 - raised by `take`
             self._fail(error)
 
-    def _decoded(self, cell: _Cell) -> list[_Tile]:
+    def _decoded(self, cell: _Cell, scratch: "_Scratch") -> list[_Tile]:
         """Decode a cell; the tiles that lacked nothing else."""
-        pixels = cell.source.decode(cell.corner)
+        pixels = cell.source.decode(cell.corner, scratch)
         with self._lock:
             waiting, cell.waiting, cell.pixels = cell.waiting or [], None, pixels
             cell.source.job.cells_decoded += 1
@@ -317,7 +344,8 @@ class _Pool:
             for tile in tiles:
                 tile.cells = []
                 tile.batch.made += 1
-            self._changed.notify_all()
+                if tile.batch.is_whole:
+                    self._changed.notify_all()
 
     # --- the planner's side ---
 
@@ -382,7 +410,8 @@ class _Pool:
             if self._is_closed:
                 return None
         px = source.job.grid.tile_px
-        batch = _Batch(self._allocate((self._batch_size, px, px, 3)), np.ones(self._batch_size, np.bool_))
+        pixels = self._free.pop() if self._free else self._allocate((self._batch_size, px, px, 3))
+        batch = _Batch(pixels, np.ones(self._batch_size, np.bool_))
         with self._changed:
             self._batches.append(batch)
         return batch

@@ -79,7 +79,7 @@ class Tiled(Watched):
     def tile_size(self, level: int) -> tuple[int, int]:
         return 48, 32
 
-    def read_stored(self, level: int, x: int, y: int) -> Any:
+    def read_stored(self, level: int, x: int, y: int, out: Any = None) -> Any:
         return self.read(level, x, y, 48, 32)
 
 
@@ -135,7 +135,8 @@ def test_jobs_follow_each_other_in_full_batches() -> None:
     """A batch is filled up with the next slide's tiles; spans say whose is which; ends come in order."""
     slides = [slide_of(Tiled(picture()[: 64 * n, :])) for n in (1, 2, 3)]
     jobs = [
-        TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=32)), first) for slide, first in zip(slides, (0, 3, 1))
+        TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=32)), first)
+        for slide, first in zip(slides, (0, 3, 1), strict=True)
     ]
     empty = TileJob(slides[0], replace(jobs[0].grid, xy=jobs[0].grid.xy[:0], tissue=jobs[0].grid.tissue[:0]))
     asked = [empty, jobs[0], empty, jobs[1], jobs[2]]

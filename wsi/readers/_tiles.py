@@ -29,6 +29,7 @@ _PHOTOMETRIC = {  # what may stand in the tag
     JPEG2000_RGB: (_RGB, _YCBCR),
     **dict.fromkeys((UNCOMPRESSED, LZW, ADOBE_DEFLATE, DEFLATE, ZSTD), (_RGB,)),
 }
+_ROWS = 32
 _JPEG_END = b"\xff\xd9"
 _REDUCED = 1  # bit of NewSubfileType
 
@@ -47,8 +48,10 @@ class Coding:
     photometric: int
     predictor: int
 
-    def decode(self, data: bytes, width: int, height: int, tables: bytes | None) -> Pixels:
-        """(height, width, 3) pixels of a tile; ``tables`` are those that JPEG tiles of a level share.
+    def decode(self, data: bytes, width: int, height: int, tables: bytes | None, out: Pixels | None = None) -> Pixels:
+        """(height, width, 3) pixels of a tile, in ``out`` where that saves time.
+
+        ``tables`` are those that JPEG tiles of a level share.
 
         Raises RuntimeError or ValueError for bytes that make no such tile.
         """
@@ -58,9 +61,9 @@ class Coding:
             if _JPEG_END not in data[-16:]:  # writers may pad
                 raise ValueError("its JPEG data have no end")
             space = "RGB" if self.photometric == _RGB else "YCBCR"
-            tile: Pixels = imagecodecs.jpeg8_decode(data, tables=tables, colorspace=space, outcolorspace="RGB")
+            tile: Pixels = imagecodecs.jpeg8_decode(data, tables=tables, colorspace=space, outcolorspace="RGB", out=out)
         elif self.compression in (JPEG2000_YCBCR, JPEG2000_RGB):
-            tile = imagecodecs.jpeg2k_decode(data, numthreads=1)
+            tile = imagecodecs.jpeg2k_decode(data, numthreads=1, out=out)
         else:
             size = width * height * 3
             tile = np.frombuffer(_inflate(self.compression, data, size), np.uint8, size).reshape(height, width, 3)
@@ -74,8 +77,11 @@ class Coding:
 
 
 def _rgb(ycbcr: Pixels) -> Pixels:
-    exact = cv2.transform(ycbcr.astype(np.float32), _YCBCR_TO_RGB)  # of bytes it would be rounded to 10 bits on the way
-    return cv2.add(exact, 0, dtype=cv2.CV_8U)  # type: ignore[no-any-return]
+    rgb = np.empty_like(ycbcr)
+    for rows in range(0, len(ycbcr), _ROWS):  # what stays in the cache is several times faster
+        part = ycbcr[rows : rows + _ROWS].astype(np.float32)  # of bytes it would be rounded to 10 bits on the way
+        cv2.add(cv2.transform(part, _YCBCR_TO_RGB), 0, dst=rgb[rows : rows + _ROWS], dtype=cv2.CV_8U)
+    return rgb
 
 
 def _has_subsampled_chroma(codestream: bytes) -> bool:
@@ -100,7 +106,8 @@ def may_lack_data(jpeg_tile: Pixels) -> bool:
 
     That is what libjpeg fills in for data that are not there. It warns of them, which imagecodecs does not pass on.
     """
-    grey = cv2.inRange(np.ascontiguousarray(jpeg_tile[4::8, 4::8]), (128, 128, 128), (128, 128, 128))
+    inner = jpeg_tile[4::8, 4::8]  # a pixel of each block
+    grey = (inner[..., 0] == 128) & (inner[..., 1] == 128) & (inner[..., 2] == 128)
     return bool(grey.any()) and any(
         (jpeg_tile[8 * y + 1 : 8 * y + 7, 8 * x + 1 : 8 * x + 7] == 128).all() for y, x in np.argwhere(grey)
     )

@@ -66,10 +66,10 @@ class TiledReader(Reader, Protocol):
         """(width, height) of a stored tile."""
         ...
 
-    def read_stored(self, level: int, x: int, y: int) -> Pixels:
+    def read_stored(self, level: int, x: int, y: int, out: Pixels | None = None) -> Pixels:
         """The whole stored tile whose corner is at (x, y), in the level's own pixels; outside is background colour.
 
-        Nothing is kept: the caller plans who needs it.
+        Nothing is kept: the caller plans who needs it. The pixels may lie in ``out``, an array of the tile's shape.
 
         Raises:
             ReadError: it cannot be decoded.

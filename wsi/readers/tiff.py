@@ -95,20 +95,20 @@ class TiffReader:
     def tile_size(self, level: int) -> tuple[int, int]:
         return self._levels[level].tile
 
-    def read_stored(self, level: int, x: int, y: int) -> Pixels:
+    def read_stored(self, level: int, x: int, y: int, out: Pixels | None = None) -> Pixels:
         about = self._levels[level]
         column, row = x // about.tile[0], y // about.tile[1]
         if not (0 <= column < about.columns and 0 <= row < len(about.counts) // about.columns):
             return self._blank(about.tile)
         try:
-            tile = self._decode(self._file(), level, row * about.columns + column)
+            tile = self._decode(self._file(), level, row * about.columns + column, out)
         except ReadError as error:
             raise ReadError(f"{self.path}: level {level}: {error}") from error
         if tile is None:
             return self._blank(about.tile)
         box = about.box(row * about.columns + column)
         if (box.w, box.h) != about.tile:
-            tile = tile.copy()
+            tile = np.require(tile, requirements="W")  # what was not compressed is the file's bytes, read-only
             tile[box.h :], tile[:, box.w :] = self.background, self.background
         return tile
 
@@ -128,14 +128,14 @@ class TiffReader:
             return None
         return file.tile((level, index), lambda: self._decode(file, level, index))
 
-    def _decode(self, file: "_File", level: int, index: int) -> Pixels | None:
+    def _decode(self, file: "_File", level: int, index: int, out: Pixels | None = None) -> Pixels | None:
         """A whole tile, or None where there is none."""
         about = self._levels[level]
         if not about.counts[index]:
             return None
         try:
             data = file.bytes_at(about.offsets[index], about.counts[index])
-            pixels = about.coding.decode(data, *about.tile, about.tables)
+            pixels = about.coding.decode(data, *about.tile, about.tables, out)
             if about.coding.compression == JPEG and may_lack_data(pixels):
                 self._ask_openslide(level, index)
         except (OSError, RuntimeError, ValueError, ReadError) as error:
