@@ -71,12 +71,15 @@ def main() -> None:
 def _extract(found: Discovery, out: Path, values: dict[str, Any], console: PatientConsole) -> int:
     with console.status("loading the encoder …"):  # torch alone takes seconds
         from features.cohort import extract_found
+        from features.devices import devices_of
         from features.encoder import load_encoder
         from features.outcome import Report
 
-        encoder, options = load_encoder(_encoder(values)), _options(values)
+        requests, options = _encoders(values), _options(values)
+        here = len(devices_of(requests)) == 1  # else each process loads its own
+        encoders = [load_encoder(request) for request in requests] if here else requests
     with CohortProgress(console) as progress:
-        report: Report = extract_found(found, out, encoder, options, progress)
+        report: Report = extract_found(found, out, encoders, options, progress)
     _summary(report, out, console)
     return report.exit_code
 
@@ -86,6 +89,8 @@ def _summary(report: Any, out: Path, console: PatientConsole) -> None:
     table = Table(title=None, show_header=False, box=None, pad_edge=False)
     done = [outcome for outcome in report.outcomes if outcome.status == "done"]
     tiles = sum(outcome.facts["n_tiles"] for outcome in done)
+    timing = report.timing
+    memory = f"{timing.peak_bytes / 1e9:.1f} GB of memory" if timing.peak_bytes else ""
     rows = (
         (
             "done",
@@ -99,6 +104,13 @@ def _summary(report: Any, out: Path, console: PatientConsole) -> None:
         ),
         ("no slides", f"{report.count('ignored')} other files, passed over" if report.count("ignored") else ""),
         ("failed", f"{report.count('failed')} slides" if report.count("failed") else ""),
+        (
+            "time",
+            f"{report.sentence}; waited {timing.waited_s:.0f} s for pixels, encoded {timing.encoder_busy_s:.0f} s; "
+            f"{timing.decode_ratio:.2f} decoded / needed; {memory}"
+            if timing.tiles
+            else "",
+        ),
         ("results", f"{out}  (report.jsonl has a line for each slide)"),
     )
     for name, value in rows:
@@ -135,7 +147,10 @@ def _dry_run(found: Discovery, out: Path, values: dict[str, Any]) -> int:
         what = f"{slide.n_tiles} tiles" if slide.code == "OK" else f"{slide.code}: {slide.message}"
         say(f"{slide.slide}: {what}{' (there already)' if slide.done else ''}")
 
-    plan = plan_cohort(found, out, EncoderRunner(load_encoder(_encoder(values))), _options(values), judged)
+    requests = _encoders(values)
+    if len(requests) > 1:
+        raise click.UsageError("--dry-run judges one encoder at a time")
+    plan = plan_cohort(found, out, EncoderRunner(load_encoder(requests[0])), _options(values), judged)
     failed = sum(slide.code != "OK" for slide in plan.slides)
     done = sum(slide.done for slide in plan.slides)
     time_here = f", about {_span(plan.seconds)} here" if plan.seconds is not None else ""
@@ -177,11 +192,15 @@ def _demo(out: Path, values: dict[str, Any]) -> int:
     return code
 
 
-def _encoder(values: dict[str, Any]) -> Any:
+def _encoders(values: dict[str, Any]) -> list[Any]:
     from features.encoder import EncoderRequest
 
-    keys = ("weights", "random_seed", "revision", "offline", "device", "precision")
-    return EncoderRequest(name=values["encoder"], **{key: values[key] for key in keys})
+    names = [name.strip() for name in values["encoder"].split(",")]
+    for key, flag in (("weights", "--weights"), ("revision", "--revision"), ("name", "--name")):
+        if len(names) > 1 and values[key] is not None:
+            raise click.UsageError(f"{flag} is for one encoder; run the command once for each")
+    keys = ("weights", "random_seed", "revision", "offline", "device", "precision", "compiled")
+    return [EncoderRequest(name=name, **{key: values[key] for key in keys}) for name in names]
 
 
 def _options(values: dict[str, Any]) -> Any:

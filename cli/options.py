@@ -103,7 +103,8 @@ slide_options = _stack(
 encoder_options = _stack(
     click.option(
         "--encoder",
-        help="Name of a published encoder (see: wsi encoders), timm:MODEL, colour-stats, or FILE.py:FUNCTION of your own.",
+        help="Name of a published encoder (see: wsi encoders), timm:MODEL, colour-stats, or FILE.py:FUNCTION of your own. "
+        "Several with commas between them share one pass over the pixels.",
     ),
     click.option(
         "--weights", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -119,7 +120,11 @@ encoder_options = _stack(
 )  # fmt: skip
 
 machine_options = _stack(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option(
+        "--device", default="auto", show_default=True,
+        help="auto, cpu, mps, cuda for all GPUs (each takes the next slide from one queue), cuda:1, or cuda:0,cuda:2.",
+    ),
+    click.option("--compile", "compiled", is_flag=True, help="Have PyTorch compile the network: a minute once, then faster."),
     click.option(
         "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
         help="Arithmetic of the encoder; auto is fp32 on a CPU and bf16 or fp16 on a GPU.",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from features.devices import devices_of, extract_on_devices
 from features.encoder import Encoder, EncoderRequest, load_encoder
 from features.outcome import Ledger, NullObserver, Observer, Report
 from features.pipeline import ExtractOptions, Pipeline
@@ -57,17 +58,20 @@ def extract_found(
     if not found.sources:
         raise UsageError(f"no slides found ({len(found.unlisted)} other files); check SLIDES, --slides and --pattern")
     asked = [encoder] if isinstance(encoder, AnyEncoder) else list(encoder)
-    runners = [EncoderRunner(_loaded(each)) for each in asked]
+    wanted = [EncoderRequest(each) if isinstance(each, str) else each for each in asked]
+    requests = [each for each in wanted if isinstance(each, EncoderRequest)]
+    in_processes = len(requests) == len(wanted) and len(devices_of(requests)) > 1
+    runners = [] if in_processes else [EncoderRunner(_loaded(each)) for each in wanted]
     check_writable(out)
     store = FeatureStore.create(out, options.prepare.tiling)
     sweep(store)
+    if in_processes:
+        return extract_on_devices(found, store, requests, options, observer or NullObserver())
     return extract_cohort(found, store, runners, options, observer)
 
 
-def _loaded(encoder: AnyEncoder) -> Encoder:
-    if isinstance(encoder, Encoder):
-        return encoder
-    return load_encoder(EncoderRequest(encoder) if isinstance(encoder, str) else encoder)
+def _loaded(encoder: EncoderRequest | Encoder) -> Encoder:
+    return encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
 
 
 def extract_cohort(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,8 +131,10 @@ class EncoderRequest:
         random_seed: draw the weights from this seed: for tests of a pipeline, never for results.
         revision: commit, tag or branch on the hub in place of the row's.
         offline: use what is on this machine, never the network.
-        device: ``"auto"`` (a GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        device: ``"auto"`` (a GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``. For a run over
+            a cohort ``"cuda"`` is all GPUs, and names with commas between them are several, see ``features.devices``.
         precision: ``"auto"``, ``"fp32"``, ``"bf16"`` or ``"fp16"``; see ``resolve_precision``.
+        compiled: have ``torch.compile`` make the network faster; takes a minute at the start, and a C++ compiler.
 
     Raises:
         UsageError: the wishes contradict each other.
@@ -145,6 +147,7 @@ class EncoderRequest:
     offline: bool = False
     device: str = "auto"
     precision: str = "auto"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.random_seed is not None:
@@ -192,6 +195,7 @@ class Encoder(nn.Module):
         *,
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
+        compiled: bool = False,
     ) -> None:
         """Take over ``backbone``: it is cast, moved and frozen in place.
 
@@ -202,16 +206,21 @@ class Encoder(nn.Module):
             weights: where its weights came from; by default from the caller's own code.
             device: where it runs.
             precision: type of weights and activations.
+            compiled: run the network through ``torch.compile``.
 
         Raises:
-            UsageError: the precision is not for this encoder.
+            UsageError: the precision is not for this encoder, or there is nothing to compile.
         """
         super().__init__()
         if spec.input_px is None and precision != "fp32":
             raise UsageError(f"{spec.name}: takes pixels as they are and computes in its own precision; ask for fp32")
+        if spec.input_px is None and compiled:
+            raise UsageError(f"{spec.name}: takes pixels as they are, there is no network to compile")
         self.spec = spec
         self.weights = weights or WeightsRecord("plugin", state_sha256(backbone.state_dict()))
         self.precision = precision
+        self.compiled = compiled
+        self._network: Callable[[Tensor], Any] = torch.compile(self._pool) if compiled else self._pool
         self.backbone = backbone.eval().requires_grad_(False)
         self.backbone.to(device=device, dtype=_DTYPES[precision])
         if spec.input_px is not None:
@@ -288,6 +297,7 @@ class Encoder(nn.Module):
             "source": self.spec.source,
             "device": str(self.device),
             "precision": self.precision,
+            "compiled": self.compiled,
         }
 
     def prepare(self, pixels: Tensor) -> Tensor:
@@ -317,7 +327,7 @@ class Encoder(nn.Module):
         if self.spec.input_px is None:
             vectors = self.backbone(pixels)
         else:
-            vectors = self._pool(self.prepare(pixels).to(_DTYPES[self.precision]))
+            vectors = self._network(self.prepare(pixels).to(_DTYPES[self.precision]))
         return _checked(vectors, (len(pixels), self.dim), self.spec.name).to(torch.float32)
 
     def _pool(self, images: Tensor) -> Any:
@@ -370,7 +380,7 @@ def build_encoder(spec: EncoderSpec, request: EncoderRequest) -> Encoder:
     precision = _precision_of(spec, request, device)
     backbone, record = _load_backbone(spec, request)
     named = replace(spec, name=_stored_name(spec, request, record))
-    return Encoder(named, backbone, record, device=device, precision=precision)
+    return Encoder(named, backbone, record, device=device, precision=precision, compiled=request.compiled)
 
 
 def _stored_name(spec: EncoderSpec, request: EncoderRequest, record: WeightsRecord) -> str:
@@ -544,7 +554,8 @@ def _load_plugin(path: Path, attribute: str, request: EncoderRequest) -> Encoder
     else:
         raise ModelMismatchError(f"{path}: {attribute}() makes a {type(made).__name__}, neither Encoder nor nn.Module")
     record = replace(record, code_sha256=code_sha256)
-    return Encoder(spec, backbone, record, device=device, precision=_precision_of(spec, request, device))
+    precision = _precision_of(spec, request, device)
+    return Encoder(spec, backbone, record, device=device, precision=precision, compiled=request.compiled)
 
 
 def _plugin_spec(name: str, module: nn.Module) -> EncoderSpec:

@@ -23,7 +23,7 @@ from features.outcome import Observer, Outcome, failure
 from features.prepare import Prepared, PrepareOptions, is_current, prepare_slide
 from features.runner import EncodedBatch, EncoderRunner, Encoding, batch_memory
 from features.store import GOOD, NONFINITE, UNREADABLE, FeatureStore, SlideStore
-from features.timing import Timing
+from features.timing import Timing, peak_memory_bytes
 from features.writing import FeatureWriter, check_encoder
 from wsi.discover import SlideSource
 from wsi.errors import (
@@ -330,21 +330,20 @@ class Pipeline:
             allocate=batch_memory(self._lanes[0].runner.encoder.device),
         )
         in_flight = max(lane.runner.in_flight for lane in self._lanes)
-        flying: deque[tuple[TileBatch, list[_Flight]]] = deque()
+        flying: deque[tuple[TileBatch, list[_Flight], float]] = deque()
         self._last = time.perf_counter()
         with closing(batches):
+            asked = self._last
             while (batch := next(batches, None)) is not None:
-                waited_s = time.perf_counter() - self._last
+                waited_s = time.perf_counter() - asked
                 yield from (_Begun(self._works[span.job]) for span in batch.spans if span.first == span.job.first)
-                flying.append((batch, [self._start(batch, lane) for lane in self._lanes]))
+                flying.append((batch, [self._start(batch, lane) for lane in self._lanes], waited_s))
                 while len(flying) >= in_flight:
                     yield from self._land(*flying.popleft())
-                self._account(batch.spans, waited_s)
-            self._account((), time.perf_counter() - self._last)
+                asked = time.perf_counter()
+            self._account((), time.perf_counter() - asked)
         while flying:
-            batch, flights = flying.popleft()
-            yield from self._land(batch, flights)
-            self._account(batch.spans, 0.0)
+            yield from self._land(*flying.popleft())
 
     def _start(self, batch: TileBatch, lane: _Lane) -> _Flight:
         """Send those tiles of a batch through an encoder that can be read and whose slides lack its features."""
@@ -357,14 +356,18 @@ class Pipeline:
         pixels = batch.pixels if rows.all() else batch.pixels[rows]
         return _Flight(batch, lane, rows, _caught(lambda: lane.runner.start(pixels)))
 
-    def _land(self, batch: TileBatch, flights: list[_Flight]) -> Iterator[_Item]:
+    def _land(self, batch: TileBatch, flights: list[_Flight], waited_s: float) -> Iterator[_Item]:
         """The vectors of a batch by all encoders, and the slides that end with it."""
         for flight in flights:
             yield from self._landed(flight)
         batch.release()
+        self._account(batch.spans, waited_s)
         for job in batch.ended:
             work = self._works.pop(job)
-            counts = Timing(len(job.grid) - job.first, cells_needed=job.cells_needed, cells_decoded=job.cells_decoded)
+            counts = Timing(
+                len(job.grid) - job.first, cells_needed=job.cells_needed, cells_decoded=job.cells_decoded,
+                peak_bytes=peak_memory_bytes(), peak_gpu_bytes=max(lane.runner.peak_bytes for lane in self._lanes),
+            )  # fmt: skip
             work.timing.add(counts)
             self.timing.add(counts)
             self.timing.prepare_s += work.timing.prepare_s
@@ -401,9 +404,8 @@ class Pipeline:
         tiles = sum(len(span) for span in spans)
         for span in spans:
             share = len(span) / tiles
-            work = self._works.get(span.job)
-            if work is not None:
-                work.timing.add(Timing(loop_s=loop_s * share, waited_s=waited_s * share, encoder_busy_s=busy_s * share))
+            part = Timing(loop_s=loop_s * share, waited_s=waited_s * share, encoder_busy_s=busy_s * share)
+            self._works[span.job].timing.add(part)
 
     # --- 4: write ---
 

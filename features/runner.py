@@ -93,6 +93,12 @@ class EncoderRunner:
         vectors[~finite] = np.nan
         return EncodedBatch(vectors, finite)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that this process has held on the encoder's GPU; 0 without one."""
+        device = self.encoder.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
     @cached_property
     def _in_fp32(self) -> "EncoderRunner":
         encoder = self.encoder

@@ -1,12 +1,10 @@
 """Timing: where the time of a run, or of one slide in it, has gone."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 __all__ = ["Timing", "peak_memory_bytes"]
-
-_BUSY = 0.9  # of the time: an encoder that is so busy is the limit
 
 
 @dataclass
@@ -21,6 +19,8 @@ class Timing:
         prepare_s: opening slides, finding tissue, laying the grid; beside the loop, while slides before are encoded.
         cells_needed: pieces of the file (its own tiles, where the reader decodes these) that the tiles touch.
         cells_decoded: how many were decoded.
+        peak_bytes: the most memory that one process has held so far; 0 where the system does not say.
+        peak_gpu_bytes: likewise on a GPU; 0 without one.
     """
 
     tiles: int = 0
@@ -30,11 +30,19 @@ class Timing:
     prepare_s: float = 0.0
     cells_needed: int = 0
     cells_decoded: int = 0
+    peak_bytes: int = 0
+    peak_gpu_bytes: int = 0
 
     def add(self, other: "Timing") -> None:
-        """Add another's seconds and counts."""
+        """Add another's seconds and counts; of memory the larger counts."""
         for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+            join = max if each.name.startswith("peak") else sum
+            setattr(self, each.name, join((getattr(self, each.name), getattr(other, each.name))))
+
+    def over(self, devices: int) -> "Timing":
+        """The sum over several devices with the seconds of one, on the average."""
+        seconds = {each.name: getattr(self, each.name) / devices for each in fields(self) if each.name.endswith("_s")}
+        return replace(self, **seconds)
 
     @property
     def tiles_per_s(self) -> float:
@@ -52,33 +60,36 @@ class Timing:
 
     def facts(self) -> dict[str, Any]:
         """For the report, as JSON values."""
-        peak = peak_memory_bytes()
-        return {
+        facts = {
             "tiles_per_s": round(self.tiles_per_s, 1),
             "loop_s": round(self.loop_s, 3),
             "waited_s": round(self.waited_s, 3),
             "encoder_busy_s": round(self.encoder_busy_s, 3),
             "prepare_s": round(self.prepare_s, 3),
             "decode_ratio": round(self.decode_ratio, 4),
-            "peak_memory_mb": None if peak is None else round(peak / 1e6),
+            "peak_memory_mb": round(self.peak_bytes / 1e6) or None,
         }
+        return facts | ({"peak_gpu_memory_mb": round(self.peak_gpu_bytes / 1e6)} if self.peak_gpu_bytes else {})
 
     def sentence(self, read_threads: int, cores: int) -> str:
         """Where the time went, in plain words, and what would help."""
         busy = f"the encoder was busy {self.busy_share:.0%} of the time"
-        if not self.tiles or self.busy_share >= _BUSY or self.waited_s < 0.1 * self.loop_s:
+        rest_s = self.loop_s - self.waited_s - self.encoder_busy_s  # writing, mostly
+        if not self.tiles or self.encoder_busy_s >= max(self.waited_s, rest_s):
             return busy
-        if self.prepare_s > 0.7 * self.waited_s and self.prepare_s > 0.5 * self.loop_s:
-            return f"{busy}; opening slides and finding tissue is the limit: faster storage would help"
+        if rest_s > self.waited_s:
+            return f"{busy}; writing is the limit: a faster disk for OUT would help"
+        if self.prepare_s > 0.7 * self.loop_s:
+            return f"{busy}; opening slides and finding tissue is the limit: local disk would help"
         more = "more --read-threads or local disk" if read_threads < cores else "more cores or local disk"
         return f"{busy}; reading is the limit: {more} would help"
 
 
-def peak_memory_bytes() -> int | None:
-    """The most memory this process has held so far; None where the system does not say."""
+def peak_memory_bytes() -> int:
+    """The most memory this process has held so far; 0 where the system does not say."""
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -17,6 +17,7 @@
      │    ├── ReadError                READ_FAILED
      │    ├── TooManyBadTilesError     TOO_MANY_BAD_TILES
      │    ├── SourceChangedError       SOURCE_CHANGED
+     │    ├── WorkerDiedError          WORKER_DIED
      │    └── ResolutionError
      │         ├── MissingMppError     MPP_MISSING
      │         ├── ImplausibleMppError MPP_IMPLAUSIBLE
@@ -75,6 +76,7 @@ __all__ = [
     "UnsafePickleError",
     "UnsupportedPixelError",
     "UsageError",
+    "WorkerDiedError",
     "WsiError",
 ]
 
@@ -161,6 +163,12 @@ class SourceChangedError(SlideError):
     """The slide file is not the one the store was made from."""
 
     code = "SOURCE_CHANGED"
+
+
+class WorkerDiedError(SlideError):
+    """A process died more than once with this slide at work."""
+
+    code = "WORKER_DIED"
 
 
 class ResolutionError(SlideError):
