@@ -29,7 +29,7 @@ class ColourMoments(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) → float32 (B, 9): mean, standard deviation, cube root of the third moment, each of RGB."""
         moments = []
-        for tiles in pixels.flatten(1, 2).transpose(1, 2).contiguous().split(_TILES):  # (b, 3, H·W)
+        for tiles in pixels.flatten(1, 2).transpose(1, 2).contiguous().split(_TILES):  # type: ignore[no-untyped-call]  # (b, 3, H·W)
             colours = tiles.to(torch.float32) / 255
             mean = colours.mean(2, keepdim=True)  # (b, 3, 1)
             off = colours - mean
