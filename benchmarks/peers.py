@@ -5,9 +5,11 @@ and batches of 64: ``wsi-extract``; slide2vec and LazySlide as the package index
 own under ``--envs``, in the fastest way they offer on two cores; and the loop of TRIDENT and CLAM, written anew.
 
 Two rates are given. One is tiles over the seconds of the whole command. The other leaves out what a run costs before its
-first tile: a run on a slide of a few tiles is taken off, tiles and seconds. The second is the fair one for large folders
-and the one compared here. Features are checked against the full-resolution pixels that OpenSlide shows at the same places.
+first tile: a run on a slide of a few tiles is taken off, tiles and seconds. The second is the fair one, as start-up weighs
+nothing in a cohort, and the one compared; it needs the large slides of a full run, so ``--quick`` compares whole commands.
+Features are checked against the full-resolution pixels that OpenSlide shows at the same places.
 
+    python benchmarks/peers.py                      # 10,000 tiles, about a quarter of an hour
     python benchmarks/peers.py --quick              # under a minute once the environments are there
     python benchmarks/peers.py --slides FOLDER      # your own slides; the folder holds nothing else
 """
@@ -27,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 from figures import Figure, parser, report
-from slides import bits_per_pixel, write_slides
+from slides import bits_per_pixel, write_large_slides, write_slides
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "benchmarks" / "peer_runs"
@@ -55,10 +57,10 @@ class Run:
 
 
 def ours() -> Engine:
-    options = ("--encoder", f"{RUNS / 'means.py'}:build", "--mpp", str(MPP), "--tile", str(TILE_PX))
-    options += ("--min-tissue", MIN_TISSUE, "--read-threads", READERS, "--batch-size", BATCH, "--device", "cpu")
+    options = ["--encoder", f"{RUNS / 'means.py'}:build", "--mpp", str(MPP), "--tile", str(TILE_PX)]
+    options += ["--min-tissue", MIN_TISSUE, "--read-threads", READERS, "--batch-size", BATCH, "--device", "cpu"]
     command = (sys.executable, "-c", "from cli.extract import main; main()")
-    return Engine(OURS, command, (sys.executable, str(RUNS / "with_ours.py"), "export"), options)
+    return Engine(OURS, command, (sys.executable, str(RUNS / "with_ours.py"), "export"), tuple(options))
 
 
 def peer(name: str, python: Path | str, script: str) -> Engine:
@@ -143,49 +145,55 @@ def largest_difference(file: Path, slides: Path) -> float:
     return largest
 
 
-def measure(chosen: Sequence[Engine], slides: Path, few: Path, rounds: int) -> list[Figure]:
-    """All engines in turn, ``rounds`` times, so that a slow spell of the machine meets all; the best run of each counts."""
-    empty: dict[str, list[Run]] = {}
-    whole: dict[str, list[Run]] = {}
-    apart: dict[str, float] = {}
-    failed: set[str] = set()
-    with tempfile.TemporaryDirectory() as work:
-        for _ in range(rounds):
-            for engine in chosen:
-                if engine.name in failed:
-                    continue
-                try:
-                    empty.setdefault(engine.name, []).append(run(engine, few, Path(work))[0])
-                    one, file = run(engine, slides, Path(work))
-                except RuntimeError as error:
-                    print(f"{engine.name} is left out: {error}", file=sys.stderr)
-                    failed.add(engine.name)
-                    continue
-                whole.setdefault(engine.name, []).append(one)
-                print(f"{engine.name}: {one.tiles} tiles in {one.seconds:.1f} s", flush=True)
-                if engine.name not in apart:
-                    apart[engine.name] = largest_difference(file, slides)
-    if OURS in failed:
-        raise SystemExit(f"{OURS} failed, so there is nothing to compare")
-    figures, steady = [], {}
-    for engine in chosen:
-        if engine.name in failed:
-            continue
-        best, least = (min(runs[engine.name], key=lambda one: one.seconds) for runs in (whole, empty))
-        steady[engine.name] = (best.tiles - least.tiles) / (best.seconds - least.seconds)
-        figures += [
-            Figure(f"{engine.name}: whole command, {best.tiles} tiles", best.tiles / best.seconds, "tiles/s"),
-            Figure(f"{engine.name}: a run of {least.tiles} tiles", least.seconds, "s"),
-            Figure(f"{engine.name}: without start-up", steady[engine.name], "tiles/s"),
-            Figure(f"{engine.name}: largest difference of a mean from OpenSlide", apart[engine.name], "grey levels"),
-        ]
-    mine = steady.pop(OURS)
-    return figures + [Figure(f"{OURS} over {name}, without start-up", mine / rate, "x") for name, rate in steady.items()]
+class Bench:
+    """All engines in turn, round after round, so that a slow spell of the machine meets all; the best run counts."""
+
+    def __init__(self, chosen: Sequence[Engine], work: Path) -> None:
+        self.engines = list(chosen)
+        self.apart: dict[str, float] = {}
+        self._work = work
+        self._runs: dict[tuple[str, Path], list[Run]] = {}
+
+    def round(self, slides: Path) -> None:
+        """Run every engine once. One that fails is named, and left out from then on."""
+        for engine in list(self.engines):
+            try:
+                one, file = run(engine, slides, self._work)
+            except RuntimeError as error:
+                if engine.name == OURS:
+                    raise
+                print(f"{engine.name} is left out: {error}", file=sys.stderr)
+                self.engines.remove(engine)
+                continue
+            print(f"{engine.name}: {one.tiles} tiles in {one.seconds:.1f} s", flush=True)
+            self._runs.setdefault((engine.name, slides), []).append(one)
+            self.apart[engine.name] = largest_difference(file, slides)
+
+    def best(self, engine: Engine, slides: Path) -> Run:
+        return min(self._runs[engine.name, slides], key=lambda one: one.seconds)
+
+    def figures(self, slides: Path, few: Path | None) -> list[Figure]:
+        figures, compared, what = [], {}, "whole command" if few is None else "without start-up"
+        for engine in self.engines:
+            whole = self.best(engine, slides)
+            name, rate = engine.name, whole.tiles / whole.seconds
+            figures.append(Figure(f"{name}: whole command, {whole.tiles:,} tiles", rate, "tiles/s"))
+            if few is not None:
+                least = self.best(engine, few)
+                rate = (whole.tiles - least.tiles) / (whole.seconds - least.seconds)
+                figures.append(Figure(f"{name}: start-up, with {least.tiles} tiles", least.seconds, "s"))
+                figures.append(Figure(f"{name}: {what}", rate, "tiles/s"))
+            figures.append(Figure(f"{name}: largest error of a mean colour", self.apart[name], "grey levels"))
+            compared[name] = rate
+        mine = compared.pop(OURS)
+        return figures + [Figure(f"{OURS} over {name}, {what}", mine / rate, "x") for name, rate in compared.items()]
 
 
 def options() -> argparse.Namespace:
     given = parser(__doc__)
-    given.add_argument("--slides", type=Path, metavar="FOLDER", help="real slides instead of phantoms; nothing else in it")
+    given.add_argument(
+        "--slides", type=Path, metavar="FOLDER", help="real slides instead of phantoms; nothing else in it"
+    )
     given.add_argument(
         "--envs",
         type=Path,
@@ -193,7 +201,7 @@ def options() -> argparse.Namespace:
         default=Path.home() / ".cache" / "wsi-benchmarks",
         help="where the peers' environments are kept",
     )
-    given.add_argument("--rounds", type=int, help="runs of each engine; the best counts")
+    given.add_argument("--rounds", type=int, help="runs of each engine, of which the best counts; 3, or 1 with --quick")
     return given.parse_args()
 
 
@@ -203,15 +211,21 @@ def main() -> None:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         few, slides = Path(folder) / "few", Path(folder) / "slides"
-        write_slides(few, 1, (4096, 4096), tissue_fraction=0.4)
         if chosen.slides is not None:
             slides = chosen.slides.absolute()
         else:
-            made = write_slides(slides, *((2, (8192, 8192)) if chosen.quick else (8, (20480, 16384))))
+            made = write_large_slides(slides, *((1, 2, (8192, 8192)) if chosen.quick else (4, 2)))
             bits = float(np.mean([bits_per_pixel(path) for path in made]))
-            figures.append(Figure(f"the {len(made)} phantoms, on tissue", bits, "bits/pixel"))
-        figures += measure(every, slides, few, chosen.rounds or (1 if chosen.quick else 3))
-    report("A folder of slides, tissue to store, with an encoder that costs nothing", figures, chosen.json)
+            figures.append(Figure(f"tissue of the phantoms ({len(made)})", bits, "bits/pixel"))
+        bench = Bench(every, Path(folder))
+        if not chosen.quick:
+            write_slides(few, 1, (4096, 4096), tissue_fraction=0.4)
+        for _ in range(chosen.rounds or (1 if chosen.quick else 3)):
+            if not chosen.quick:
+                bench.round(few)
+            bench.round(slides)
+        figures += bench.figures(slides, None if chosen.quick else few)
+    report("A folder of slides, from tissue to store, with an encoder that costs nothing", figures, chosen.json)
 
 
 if __name__ == "__main__":

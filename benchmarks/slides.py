@@ -1,5 +1,6 @@
 """Slides to measure on: phantoms as dense as scanned tissue, and mosaics of them as large as a scan can be."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,16 @@ def write_slides(folder: Path, count: int, size: tuple[int, int], *, tissue_frac
         spec = PhantomSpec(*size, mpp=0.25, seed=50 + index, tissue_fraction=tissue_fraction, tumour=0.3)
         write_svs(path, spec, quality=QUALITY, levels=LEVELS)
     return paths
+
+
+def write_large_slides(folder: Path, count: int, times: int, size: tuple[int, int] = (20480, 16384)) -> list[Path]:
+    """Write ``count`` slides, each of a phantom of ``size`` laid out ``times`` x ``times``: as many tiles as scans have."""
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
+        painted = write_slides(Path(parts) / "parts", count, size)
+        for path in painted:
+            write_mosaic(folder / path.name, [path], times, times)
+    return sorted(folder.iterdir())
 
 
 def write_dense(path: Path, side_px: int, codec: Codec) -> None:
@@ -52,7 +63,9 @@ def write_mosaic(path: Path, sources: Sequence[Path], columns: int, rows: int) -
         kinds = {(_page(file, 0).shape, _page(file, 0).jpegtables) for file in files}
         (height, width, _), tables = kinds.pop()
         if kinds or height % BLOCK_PX or width % BLOCK_PX:
-            raise ValueError(f"{sources[0]} and the others: not all of one size in whole {BLOCK_PX} px with the same tables")
+            raise ValueError(
+                f"{sources[0]} and the others: not all of one size in whole {BLOCK_PX} px with the same tables"
+            )
         size = f"{width * columns}x{height * rows}"
         head = f"Aperio Image Library v12.0.0 \r\n{size} [0,0 {size}] ({TILE_PX}x{TILE_PX})"
         out = stack.enter_context(tifffile.TiffWriter(path, bigtiff=True))
@@ -75,9 +88,7 @@ def write_mosaic(path: Path, sources: Sequence[Path], columns: int, rows: int) -
             )
             if number == 0:  # Aperio's second page is a thumbnail
                 small = np.full((64, 64, 3), 243, np.uint8)
-                out.write(
-                    small, photometric="rgb", rowsperstrip=64, description=f"{head} -> 64x64 - ", metadata=None
-                )
+                out.write(small, photometric="rgb", rowsperstrip=64, description=f"{head} -> 64x64 - ", metadata=None)
 
 
 def _page(tiff: tifffile.TiffFile, level: int) -> tifffile.TiffPage:

@@ -23,8 +23,8 @@ class MeansOfBytes(nn.Module):
     """uint8 (B, H, W, 3) → float32 (B, 3). Tile by tile: a batch in float32 would not fit a processor's cache."""
 
     def forward(self, pixels: Tensor) -> Tensor:
-        rows = [tile.to(torch.float32).flatten(1).mean(0) for tile in pixels]  # (W·3,) each
-        return torch.stack(rows).unflatten(1, (-1, 3)).mean(1) / 255
+        rows = torch.stack([tile.to(torch.float32).flatten(1).mean(0) for tile in pixels])  # (B, W·3)
+        return rows.view(len(pixels), -1, 3).mean(1) / 255
 
 
 def build() -> nn.Module:
@@ -34,5 +34,9 @@ def build() -> nn.Module:
 
 def save(file: Path, slides: Mapping[str, tuple[NDArray[np.integer], NDArray[np.floating]]]) -> None:
     """Write level-0 corners (N, 2) and features (N, 3) by the slides' names without ending."""
-    parts = {f"{name}/{what}": array for name, pair in slides.items() for what, array in zip(("xy", "means"), pair, strict=True)}
+    parts = {
+        f"{name}/{what}": array
+        for name, pair in slides.items()
+        for what, array in zip(("xy", "means"), pair, strict=True)
+    }
     np.savez(file, **parts)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options

@@ -27,7 +27,7 @@ def run(slides: Path, out: Path) -> None:
     )
     from torchvision.transforms import v2
 
-    @register_encoder(  # type: ignore[untyped-decorator]
+    @register_encoder(
         "means",
         encode_dim=3,
         input_size=TILE_PX,
