@@ -37,10 +37,10 @@ def write_large_slides(folder: Path, count: int, times: int, size: tuple[int, in
     return sorted(folder.iterdir())
 
 
-def write_dense(path: Path, side_px: int, codec: Codec) -> None:
+def write_dense(path: Path, side_px: int, codec: Codec, quality: int) -> None:
     """Write a square phantom with little glass, at 0.25 mpp."""
     spec = PhantomSpec(side_px, side_px, mpp=0.25, seed=5, tissue_fraction=0.6, tumour=0.3)
-    write_svs(path, spec, codec=codec, quality=QUALITY)
+    write_svs(path, spec, codec=codec, quality=quality)
 
 
 def bits_per_pixel(path: Path) -> float:
