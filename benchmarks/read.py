@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -62,6 +63,14 @@ class Way:
     name: str
     full: Read
     tile: Read
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How long every way reads at a time, and how often."""
+
+    seconds: float
+    rounds: int
 
 
 class CannotReadError(Exception):
@@ -219,79 +228,90 @@ def places_of(grid: TileGrid) -> list[Place]:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def tile_by_tile(read: Read, grid: TileGrid, threads: int) -> Callable[[float], float]:
-    """A function that reads for some seconds, going on where it stopped before, and returns tiles per second."""
-    around = cycle(places_of(grid))
-    pool = ThreadPoolExecutor(threads)
+@dataclass(frozen=True)
+class Rate:
+    """What one turn came to: tiles per second, and milliseconds of processor time for a tile, whatever the machine did."""
 
-    def run(seconds: float) -> float:
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            done += sum(1 for _ in pool.map(read, islice(around, 8 * threads)))
-        return done / (time.perf_counter() - start)
-
-    return run
+    tiles_per_s: float
+    cpu_ms: float
 
 
-def streamed(slide: Slide, grid: TileGrid, threads: int) -> Callable[[float], float]:
+def rate_of(steps: Iterator[int], seconds: float) -> Rate:
+    """Take steps for so many seconds; each says how many tiles it was."""
+    start, cpu, done = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - start < seconds:
+        done += next(steps)
+    return Rate(done / (time.perf_counter() - start), (time.process_time() - cpu) / done * 1000)
+
+
+def tile_by_tile(read: Read, grid: TileGrid, threads: int) -> Callable[[float], Rate]:
+    """A function that reads for some seconds; the next call goes on where the last stopped, so no tile is warm."""
+    around, pool = cycle(places_of(grid)), ThreadPoolExecutor(threads)
+
+    def steps() -> Iterator[int]:
+        while True:
+            yield sum(1 for _ in pool.map(read, islice(around, 8 * threads)))
+
+    return lambda seconds: rate_of(steps(), seconds)
+
+
+def streamed(slide: Slide, grid: TileGrid, threads: int) -> Callable[[float], Rate]:
     """The same for the stream, which begins anew with every call: what it read ahead meanwhile would come for nothing."""
 
-    def batches() -> Generator[int, None, None]:
+    def steps() -> Generator[int, None, None]:
         while True:
             for batch in TileStream(slide, grid, batch_size=BATCH, threads=threads):
                 yield len(batch)
 
-    def run(seconds: float) -> float:
-        around = batches()
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            done += next(around)
-        rate = done / (time.perf_counter() - start)
-        around.close()
-        return rate
+    def run(seconds: float) -> Rate:
+        with closing(steps()) as batches:
+            return rate_of(batches, seconds)
 
     return run
 
 
-def rates(ways: list[Way], slide: Slide, grid: TileGrid, threads: int, seconds: float, rounds: int) -> dict[str, float]:
-    """Tiles per second of each way: the best of ``rounds`` turns of so many seconds."""
+def rates(ways: list[Way], slide: Slide, grid: TileGrid, threads: int, turns: Turns) -> dict[str, Rate]:
+    """The best turn of each way."""
     runs = {way.name: tile_by_tile(way.tile, grid, threads) for way in ways}
     runs[STREAM] = streamed(slide, grid, threads)
-    best = dict.fromkeys(runs, 0.0)
-    for _ in range(rounds):
+    taken: dict[str, list[Rate]] = {name: [] for name in runs}
+    for _ in range(turns.rounds):
         for name, run in runs.items():
-            best[name] = max(best[name], run(seconds))
-    return best
+            taken[name].append(run(turns.seconds))
+    return {name: max(each, key=lambda rate: rate.tiles_per_s) for name, each in taken.items()}
 
 
-def measure(path: Path, codec: Codec, names: list[str], seconds: float, rounds: int) -> list[Figure]:
+def measure(path: Path, codec: Codec, names: list[str], turns: Turns) -> list[Figure]:
     ways = opened_ways(names, path, codec)
     figures = [Figure(f"{codec}: tissue", bits_per_pixel(path), "bits/pixel")]
     with Slide.open(path, reader="tiff") as slide:
         plain, half = lattice(slide.size, SIDE_PX), lattice(slide.size, SIDE_PX // 2)
         figures += differences(codec, ways, slide, plain)
-        each = {threads: rates(ways, slide, plain, threads, seconds, rounds) for threads in (1, 2)}
-        for threads, found in each.items():
-            word = f"{threads} thread{'s' * (threads > 1)}"
-            figures += [Figure(f"{codec}: {name}, {word}", rate, "tiles/s") for name, rate in found.items()]
-            figures += ratios(f"{codec}, {word}", found, REACH[codec] if threads == 1 else None)
-        gain = each[2][STREAM] / each[1][STREAM]
+        one, two = (rates(ways, slide, plain, threads, turns) for threads in (1, 2))
+        figures += speeds(f"{codec}, 1 thread", one) + ratios(f"{codec}, 1 thread", one, REACH[codec])
+        figures += [Figure(f"{codec}: {name}, processor", rate.cpu_ms, "ms/tile") for name, rate in one.items()]
+        figures += speeds(f"{codec}, 2 threads", two) + ratios(f"{codec}, 2 threads", two, None)
+        gain = two[STREAM].tiles_per_s / one[STREAM].tiles_per_s
         figures.append(Figure(f"{codec}: {STREAM}, 2 threads over 1", gain, "x", 1.8))
-        chosen = [way for way in ways if way.name in (PILLOW, DIRECT)]
-        found = rates(chosen, slide, half, 1, seconds, rounds)
-        word = f"{codec}, overlap of half, 1 thread"
-        figures += [Figure(f"{word}: {name}", rate, "tiles/s") for name, rate in found.items()]
-        figures += ratios(word, found, None)
+        few = [way for way in ways if way.name in (PILLOW, DIRECT)]
+        overlapping = rates(few, slide, half, 1, turns)
+        what = f"{codec}, 1 thread, overlap of half"
+        figures += speeds(what, overlapping) + ratios(what, overlapping, None)
     return figures
 
 
-def ratios(what: str, found: dict[str, float], reach: float | None) -> list[Figure]:
-    """Our stream over every other way."""
+def speeds(what: str, found: dict[str, Rate]) -> list[Figure]:
+    return [Figure(f"{what}: {name}", rate.tiles_per_s, "tiles/s") for name, rate in found.items()]
+
+
+def ratios(what: str, found: dict[str, Rate], reach: float | None) -> list[Figure]:
+    """Our stream over everybody else's ways."""
     hoped = {PILLOW: reach, CUCIM: 1.0}
+    mine = found[STREAM].tiles_per_s
     return [
-        Figure(f"{what}: {STREAM} over {name}", found[STREAM] / rate, "x", hoped.get(name))
+        Figure(f"{what}: {STREAM} over {name}", mine / rate.tiles_per_s, "x", hoped.get(name))
         for name, rate in found.items()
-        if name != STREAM
+        if name not in (STREAM, DIRECT)
     ]
 
 
@@ -307,7 +327,7 @@ def main() -> None:
     chosen = parser(__doc__).parse_args()
     cv2.setNumThreads(1)  # what is counted is the threads that read
     side = 6144 if chosen.quick else 16384  # more than any reader's cache holds when a tile's turn comes again
-    seconds, rounds = (0.2, 2) if chosen.quick else (2.0, 5)
+    turns = Turns(0.2, 2) if chosen.quick else Turns(2.0, 5)
     names = importable_ways()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -316,7 +336,7 @@ def main() -> None:
                 continue
             path = Path(folder) / f"{codec}.svs"
             write_dense(path, side, codec, quality)
-            figures += [*measure(path, codec, names, seconds, rounds), opening(path, codec)]
+            figures += [*measure(path, codec, names, turns), opening(path, codec)]
     report("256-px tiles at 0.5 mpp from a 0.25-mpp slide", figures, chosen.json)
 
 
