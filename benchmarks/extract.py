@@ -88,7 +88,7 @@ def biopsy_figures(load: Load, work: Path, missing: set[str], hoped: float | Non
     few, one = work / "biopsies", work / "one"
     done = [extraction(slides, work / f"out-{slides.name}-{load.name}", *load.encoder) for slides in (one, few)]
     figures = []
-    for what, each in zip(("one large slide", "biopsies"), done, strict=True):
+    for what, each in zip(("large slide", "biopsies"), done, strict=True):
         figures.append(
             Figure(f"{load.name}, {len(each.slides)} {what}: {each.tiles:,} tiles", each.tiles_per_s, "tiles/s")
         )

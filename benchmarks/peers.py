@@ -17,6 +17,7 @@ Features are checked against the full-resolution pixels that OpenSlide shows at 
 import argparse
 import hashlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run."""
+    """One finished run; ``cpu_s`` is the processor time of all its processes."""
 
     seconds: float
+    cpu_s: float
     tiles: int
 
 
@@ -108,13 +110,13 @@ def run(engine: Engine, slides: Path, work: Path) -> tuple[Run, Path]:
     """
     out, file = work / "out", work / "features.npz"
     shutil.rmtree(out, ignore_errors=True)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _children_cpu_s()
     _call((*engine.run, str(slides), str(out), *engine.after))
-    seconds = time.perf_counter() - start
+    seconds, cpu_s = time.perf_counter() - start, _children_cpu_s() - cpu
     _call((*engine.export, str(out), str(file)))
     with np.load(file) as stored:
         tiles = sum(len(stored[key]) for key in stored.files if key.endswith("/means"))
-    return Run(seconds, tiles), file
+    return Run(seconds, cpu_s, tiles), file
 
 
 def _call(command: Sequence[str]) -> None:
@@ -123,6 +125,11 @@ def _call(command: Sequence[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"it ended with {done.returncode}:\n{_end(done.stderr or done.stdout)}")
+
+
+def _children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _end(text: str, lines: int = 12) -> str:
@@ -183,6 +190,8 @@ class Bench:
                 rate = (whole.tiles - least.tiles) / (whole.seconds - least.seconds)
                 figures.append(Figure(f"{name}: start-up, with {least.tiles} tiles", least.seconds, "s"))
                 figures.append(Figure(f"{name}: {what}", rate, "tiles/s"))
+                cpu_ms = (whole.cpu_s - least.cpu_s) / (whole.tiles - least.tiles) * 1000
+                figures.append(Figure(f"{name}: {what}, processor", cpu_ms, "ms/tile"))
             figures.append(Figure(f"{name}: largest error of a mean colour", self.apart[name], "grey levels"))
             compared[name] = rate
         mine = compared.pop(OURS)
