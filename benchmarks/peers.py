@@ -122,6 +122,7 @@ def run(engine: Engine, slides: Path, work: Path) -> tuple[Run, Path]:
 def _call(command: Sequence[str]) -> None:
     """Run a command; a peer's interpreter does not see what this one was told to import from."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or command[0] == sys.executable}
+    variables.setdefault("CUFILE_LOGFILE_PATH", os.devnull)  # else cuCIM leaves a cufile.log where this is run
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"it ended with {done.returncode}:\n{_end(done.stderr or done.stdout)}")

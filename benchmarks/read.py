@@ -328,6 +328,7 @@ def main() -> None:
     cv2.setNumThreads(1)  # what is counted is the threads that read
     side = 6144 if chosen.quick else 16384  # more than any reader's cache holds when a tile's turn comes again
     turns = Turns(0.2, 2) if chosen.quick else Turns(2.0, 5)
+    os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)  # else cuCIM leaves a cufile.log where this is run
     names = importable_ways()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
