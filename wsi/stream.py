@@ -19,7 +19,7 @@ from wsi.area import area_resize
 from wsi.cells import Cells, plan_cells
 from wsi.errors import ReadError
 from wsi.grid import TileGrid
-from wsi.readers.base import Pixels, TiledReader
+from wsi.readers.base import Pixels, TiledReader, tile_memory
 from wsi.slide import Slide
 
 __all__ = ["TileBatch", "TileJob", "TileSpan", "TileStream", "available_cores", "default_read_threads", "stream_jobs"]
@@ -168,10 +168,14 @@ def stream_jobs(
 
 @dataclass(eq=False, slots=True)
 class _Cell:
-    """A cell and who waits for it; ``waiting`` is None once it is decoded, ``pixels`` then None if it cannot be."""
+    """A cell and who waits for it; ``waiting`` is None once it is decoded, ``pixels`` then None if it cannot be.
+
+    ``place`` is where its pixels belong in the batch, if one tile alone has it, and has all of it.
+    """
 
     source: "_Source"
     corner: tuple[int, int]
+    place: Pixels | None = None
     waiting: "list[_Tile] | None" = field(default_factory=list)
     pixels: Pixels | None = None
 
@@ -214,13 +218,11 @@ class _Scratch:
 
     def of(self, size: tuple[int, int]) -> Pixels:
         """(height, width, 3) for a ``size`` (width, height); what was in it does not matter any more."""
-        array = self._arrays.get(size)
-        if array is None:
-            self._arrays = {
-                size: np.empty((size[1], size[0], 3), np.uint8)
-            }  # slides differ: only the last size is kept
-            array = self._arrays[size]
-        return array
+        if size not in self._arrays:
+            if len(self._arrays) == 2:  # a cell's and a tile's: another slide may have others
+                self._arrays.clear()
+            self._arrays[size] = tile_memory(*size)
+        return self._arrays[size]
 
 
 class _Source:
@@ -238,17 +240,27 @@ class _Source:
         self._cell_size = (w // self._factor[0], h // self._factor[1])  # as it is kept
         self.cell_bytes = 3 * self._cell_size[0] * self._cell_size[1]
 
-    def decode(self, corner: tuple[int, int], scratch: "_Scratch") -> Pixels | None:
+    def place(self, tile: _Tile, corner: tuple[int, int]) -> Pixels | None:
+        """The part of a tile's row in its batch that a cell's pixels make up, if it takes them as they are kept."""
+        if self.cells.factor is None:
+            return None
+        dx, dy = self._offset(tile, corner)
+        w, h = self._cell_size
+        inside = 0 <= dx <= self._tile_px - w and 0 <= dy <= self._tile_px - h
+        return tile.batch.pixels[tile.row, dy : dy + h, dx : dx + w] if inside else None
+
+    def decode(self, cell: _Cell, scratch: "_Scratch") -> Pixels | None:
         """A cell's pixels, reduced where that can be done by cell; None where they cannot be read, or need not be."""
         if self.job.is_cancelled:
             return None
         try:
             if self._tiled is not None:
-                out = None if self._factor == (1, 1) else scratch.of(self.cells.size)
-                pixels = self._tiled.read_stored(self._level, *corner, out)
+                passing = cell.place is not None or self._factor != (1, 1)
+                out = scratch.of(self.cells.size) if passing else None
+                pixels = self._tiled.read_stored(self._level, *cell.corner, out)
             else:
-                pixels = self._reader.read(self._level, *corner, *self.cells.size)
-            return area_resize(pixels, self._cell_size)
+                pixels = self._reader.read(self._level, *cell.corner, *self.cells.size)
+            return area_resize(pixels, self._cell_size, cell.place)
         except ReadError:
             return None  # its tiles are marked, never filled with made-up pixels
         except Exception as error:  # noqa: BLE001 - kept, and raised by whoever asked for the job
@@ -257,22 +269,26 @@ class _Source:
             return None
 
     def assemble(self, tile: _Tile, scratch: "_Scratch") -> None:
-        """Put a tile's pixels into its batch."""
+        """Put a tile's pixels into its batch, those that are not there already."""
         out = whole = tile.batch.pixels[tile.row]
         if self.cells.factor is None:
             whole = scratch.of(self.cells.tile)
-        x, y = (int(value) for value in self.cells.corners[tile.index])
-        fx, fy = self._factor
         h, w = whole.shape[:2]
         for cell in tile.cells:
             if cell.pixels is None:
                 tile.batch.readable[tile.row] = False
                 return
-            dx, dy = (cell.corner[0] - x) // fx, (cell.corner[1] - y) // fy  # of the cell in the tile
-            part = cell.pixels[max(0, -dy) : h - dy, max(0, -dx) : w - dx]
-            whole[max(0, dy) : max(0, dy) + part.shape[0], max(0, dx) : max(0, dx) + part.shape[1]] = part
+            if cell.place is None:
+                dx, dy = self._offset(tile, cell.corner)
+                part = cell.pixels[max(0, -dy) : h - dy, max(0, -dx) : w - dx]
+                whole[max(0, dy) : max(0, dy) + part.shape[0], max(0, dx) : max(0, dx) + part.shape[1]] = part
         if whole is not out:
-            out[...] = area_resize(whole, (self._tile_px, self._tile_px))
+            area_resize(whole, (self._tile_px, self._tile_px), out)
+
+    def _offset(self, tile: _Tile, corner: tuple[int, int]) -> tuple[int, int]:
+        """Of a cell in a tile, in pixels as cells are kept."""
+        x, y = self.cells.corners[tile.index]
+        return (corner[0] - int(x)) // self._factor[0], (corner[1] - int(y)) // self._factor[1]
 
 
 class _Pool:
@@ -282,7 +298,7 @@ class _Pool:
         self._batch_size = batch_size
         self._ahead = ahead
         self._allocate = allocate
-        self._tasks: queue.SimpleQueue[_Cell | _Tile | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[list[_Cell] | _Tile | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._batches: deque[_Batch] = deque()  # planned and not taken yet
@@ -329,15 +345,19 @@ class _Pool:
         except BaseException as error:  # noqa: BLE001 - raised by `take`
             self._fail(error)
 
-    def _decoded(self, cell: _Cell, scratch: "_Scratch") -> list[_Tile]:
-        """Decode a cell; the tiles that lacked nothing else."""
-        pixels = cell.source.decode(cell.corner, scratch)
+    def _decoded(self, cells: list[_Cell], scratch: "_Scratch") -> list[_Tile]:
+        """Decode cells; the tiles that lacked nothing else."""
+        decoded = [cell.source.decode(cell, scratch) for cell in cells]
+        ready = []
         with self._lock:
-            waiting, cell.waiting, cell.pixels = cell.waiting or [], None, pixels
-            cell.source.job.cells_decoded += 1
-            for tile in waiting:
-                tile.missing -= 1
-            return [tile for tile in waiting if not tile.missing]
+            for cell, pixels in zip(cells, decoded, strict=True):
+                waiting, cell.waiting, cell.pixels = cell.waiting or [], None, pixels
+                cell.source.job.cells_decoded += 1
+                for tile in waiting:
+                    tile.missing -= 1
+                    if not tile.missing:
+                        ready.append(tile)
+        return ready
 
     def _made(self, tiles: list[_Tile]) -> None:
         with self._changed:
@@ -380,24 +400,28 @@ class _Pool:
             if batch is None or job.is_cancelled:
                 return
             tile = _Tile(batch, batch.planned, source, index)
-            tasks: list[_Cell | _Tile] = []
+            new: list[_Cell] = []
             corners = list(source.cells.under(index))
             for corner in corners:
                 cell = kept.get(corner)
                 if cell is None:
                     cell = _Cell(source, corner)
-                    tasks.append(cell)
+                    new.append(cell)
                     if left is not None:
                         kept[corner] = cell
+                is_last = left is None
                 if left is not None:
                     at = (corner[1] // size[1], corner[0] // size[0])
                     left[at] -= 1
-                    if left[at] == 0:
-                        kept.pop(corner, None)
+                    is_last = left[at] == 0
+                if is_last:
+                    kept.pop(corner, None)
+                    if new and cell is new[-1]:  # new, and for this tile alone
+                        cell.place = source.place(tile, corner)
                 tile.cells.append(cell)
             while len(kept) > most:
                 _drop_one(kept, corners)
-            self._add(tile, tasks)
+            self._add(tile, new)
 
     def _room(self, source: _Source) -> _Batch | None:
         """A batch with a free row, once one is allowed; None when the consumer has gone."""
@@ -416,15 +440,14 @@ class _Pool:
             self._batches.append(batch)
         return batch
 
-    def _add(self, tile: _Tile, tasks: "list[_Cell | _Tile]") -> None:
+    def _add(self, tile: _Tile, new: list[_Cell]) -> None:
         batch, job = tile.batch, tile.source.job
         with self._changed:
             for cell in tile.cells:
                 if cell.waiting is not None:
                     cell.waiting.append(tile)
                     tile.missing += 1
-            if not tile.missing:
-                tasks.append(tile)
+            is_ready = not tile.missing
             last = batch.spans[-1] if batch.spans else None
             if last is not None and last.job is job:
                 batch.spans[-1] = TileSpan(job, last.first, last.start, tile.row + 1)
@@ -433,8 +456,10 @@ class _Pool:
             batch.planned += 1
             if batch.planned == self._batch_size:
                 batch.is_planned = True
-        for task in tasks:
-            self._tasks.put(task)
+        if new:  # together: a thread that is through with one cell goes on without asking for the lock
+            self._tasks.put(new)
+        elif is_ready:
+            self._tasks.put(tile)
 
     def _end(self, job: TileJob) -> bool:
         """Note that a job has no more tiles; False when the consumer has gone."""

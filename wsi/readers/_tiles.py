@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from wsi.errors import NotASlideError
 from wsi.grid import Box
+from wsi.readers.base import Pixels, tile_memory
 
 if TYPE_CHECKING:
     import tifffile
 
 __all__ = ["JPEG", "JPEG2000_RGB", "JPEG2000_YCBCR", "Coding", "TileLevel", "find_levels", "may_lack_data"]
-
-Pixels = NDArray[np.uint8]
 
 UNCOMPRESSED, LZW, JPEG, ADOBE_DEFLATE, DEFLATE, ZSTD = 1, 5, 7, 8, 32946, 50000
 JPEG2000_YCBCR, JPEG2000_RGB = 33003, 33005  # Aperio's
@@ -31,6 +29,7 @@ _PHOTOMETRIC = {  # what may stand in the tag
 }
 _ROWS = 32
 _JPEG_END = b"\xff\xd9"
+_RESTARTS = b"\xff\xdd"  # the marker that defines their interval; within the data of pixels it cannot stand
 _REDUCED = 1  # bit of NewSubfileType
 
 # ITU-T T.871, section 7: from (Y, Cb, Cr, 1) to R, G and B, in the 16-bit fractions that libjpeg and OpenSlide reckon with.
@@ -60,6 +59,8 @@ class Coding:
         if self.compression == JPEG:
             if _JPEG_END not in data[-16:]:  # writers may pad
                 raise ValueError("its JPEG data have no end")
+            if out is None:
+                out = tile_memory(width, height)
             space = "RGB" if self.photometric == _RGB else "YCBCR"
             tile: Pixels = imagecodecs.jpeg8_decode(data, tables=tables, colorspace=space, outcolorspace="RGB", out=out)
         elif self.compression in (JPEG2000_YCBCR, JPEG2000_RGB):
@@ -101,16 +102,17 @@ def _inflate(compression: int, data: bytes, size: int) -> bytes | bytearray:
     return decode(data, out=size)
 
 
-def may_lack_data(jpeg_tile: Pixels) -> bool:
-    """Whether a JPEG tile has a block of plain grey, sample value 128.
+def may_lack_data(jpeg_tile: Pixels, data: bytes, tables: bytes | None) -> bool:
+    """Whether a JPEG tile has a block of plain grey, sample value 128, where data that are not there leave one.
 
-    That is what libjpeg fills in for data that are not there. It warns of them, which imagecodecs does not pass on.
+    That is what libjpeg fills in up to the end, or up to the next restart marker where there are any. It warns of it,
+    which imagecodecs does not pass on.
     """
+    if _RESTARTS not in data and (tables is None or _RESTARTS not in tables):
+        return bool((jpeg_tile[-7:-1, -7:-1] == 128).all())
     inner = jpeg_tile[4::8, 4::8]  # a pixel of each block
-    grey = (inner[..., 0] == 128) & (inner[..., 1] == 128) & (inner[..., 2] == 128)
-    return bool(grey.any()) and any(
-        (jpeg_tile[8 * y + 1 : 8 * y + 7, 8 * x + 1 : 8 * x + 7] == 128).all() for y, x in np.argwhere(grey)
-    )
+    grey = (inner == 128).all(axis=2)
+    return any((jpeg_tile[8 * y + 1 : 8 * y + 7, 8 * x + 1 : 8 * x + 7] == 128).all() for y, x in np.argwhere(grey))
 
 
 @dataclass(frozen=True)

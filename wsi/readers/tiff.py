@@ -106,10 +106,10 @@ class TiffReader:
             raise ReadError(f"{self.path}: level {level}: {error}") from error
         if tile is None:
             return self._blank(about.tile)
-        box = about.box(row * about.columns + column)
-        if (box.w, box.h) != about.tile:
+        w, h = about.size[0] - column * about.tile[0], about.size[1] - row * about.tile[1]  # of it in the picture
+        if w < about.tile[0] or h < about.tile[1]:
             tile = np.require(tile, requirements="W")  # what was not compressed is the file's bytes, read-only
-            tile[box.h :], tile[:, box.w :] = self.background, self.background
+            tile[h:], tile[:, w:] = self.background, self.background
         return tile
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class TiffReader:
         try:
             data = file.bytes_at(about.offsets[index], about.counts[index])
             pixels = about.coding.decode(data, *about.tile, about.tables, out)
-            if about.coding.compression == JPEG and may_lack_data(pixels):
+            if about.coding.compression == JPEG and may_lack_data(pixels, data, about.tables):
                 self._ask_openslide(level, index)
         except (OSError, RuntimeError, ValueError, ReadError) as error:
             row, column = divmod(index, about.columns)
