@@ -1,0 +1,1 @@
+"""Multiple-instance models, one paper a file, and the names they are asked for by."""

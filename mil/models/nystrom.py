@@ -1,0 +1,106 @@
+"""Nyström attention: attention between all tokens in time and memory that grow with their number, not its square.
+
+Xiong, Zeng, Chakraborty, Tan, Fung, Li, Singh: Nyströmformer, AAAI 2021, equations 13 and 14, in the form of the
+nystrom-attention package: zeros in front to a multiple of the landmarks, a depth-wise convolution of the values beside.
+Differs from it: the pseudo-inverse is scaled for each bag by itself, so that a bag does not depend on the bags beside it;
+products are bracketed so that the narrow ones come first, A₁ (A₂⁺ (A₃ V)), and A₁, A₃ and A₂⁺ are never written out.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mil.models.attention import merge_heads, split_heads
+from wsi.errors import UsageError
+
+__all__ = ["NystromAttention", "apply_pseudo_inverse"]
+
+
+def apply_pseudo_inverse(a: Tensor, x: Tensor, *, iterations: int = 6, unformed: int = 1) -> Tensor:
+    """A⁺ X in float32, A⁺ the iterated Moore-Penrose inverse of matrices with rows or columns that sum to one.
+
+    Equation 14: z ← ¼ z (13 I − 15 Y + 7 Y² − Y³) with Y = A z, from z₀ = Aᵀ / (largest row sum · largest column sum), the
+    largest of each bag. What the last iterations would make is never formed but applied to X, product by product: one
+    such iteration is 7 products with X in place of 4 of (m, m), two are 31.
+
+    Args:
+        a: (B, heads, m, m).
+        x: (B, heads, m, v), narrower than m.
+        unformed: how many of the iterations are applied to X; one pays for v below m / 2, two for a few columns.
+
+    Returns:
+        (B, heads, m, v).
+    """
+    a, x = a.float(), x.float()
+    rows, columns = (a.abs().sum(axis).amax((1, 2))[:, None, None, None] for axis in (-1, -2))
+    z = (a.mT / (rows * columns)).flatten(0, 1)  # (B · heads, m, m)
+    a, result = a.flatten(0, 1), x.flatten(0, 1)
+    identity = torch.eye(a.shape[-1], device=a.device)
+    for _ in range(iterations - unformed):
+        y = a @ z
+        z = z @ torch.baddbmm(13 * identity - 15 * y, y @ y, 7 * identity - y, beta=0.25, alpha=0.25)
+
+    def apply(w: Tensor, later: int) -> Tensor:
+        if later == 0:
+            return z @ w
+        yw = a @ apply(w, later - 1)
+        yyw = a @ apply(yw, later - 1)
+        yyyw = a @ apply(yyw, later - 1)
+        return apply(0.25 * (13 * w - 15 * yw + 7 * yyw - yyyw), later - 1)
+
+    return apply(result, unformed).view_as(x)
+
+
+class NystromAttention(nn.Module):
+    """Nyström attention of several heads.
+
+    Args:
+        width: of the tokens; a multiple of ``heads``.
+        landmarks: number of means of consecutive tokens that stand for all of them.
+        residual_kernel: length of the convolution along the tokens that is added to what attention gives.
+        dropout: after the last Linear.
+    """
+
+    def __init__(
+        self, width: int, heads: int = 8, *, landmarks: int = 256, residual_kernel: int = 33, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise UsageError(f"a width of {width} does not divide into {heads} heads")
+        self.heads = heads
+        self.landmarks = landmarks
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+        self.residual = nn.Conv2d(
+            heads, heads, (residual_kernel, 1), padding=(residual_kernel // 2, 0), groups=heads, bias=False
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, width) → queries, keys, values (B, heads, N, head width)."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, n_first: int | None = None) -> Tensor:
+        """What ``project`` gave → (B, N, width), or no more than the first ``n_first``, a few, of the N tokens."""
+        n = q.shape[-2]
+        group = math.ceil(n / self.landmarks)
+        front = self.landmarks * group - n
+        q_padded, k_padded, v_padded = (F.pad(part, (0, 0, front, 0)) for part in (q, k, v))
+        q_marks, k_marks = (part.unflatten(-2, (-1, group)).mean(-2) for part in (q_padded, k_padded))  # (B, heads, m, ·)
+        a2 = (q_marks @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)  # (B, heads, m, m)
+        a3_v = F.scaled_dot_product_attention(q_marks, k_padded, v_padded)  # (B, heads, m, ·)
+        if n_first is None:
+            mixed = F.scaled_dot_product_attention(q, k_marks, apply_pseudo_inverse(a2, a3_v).to(v.dtype))
+        else:
+            a1 = (q[..., :n_first, :] @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)  # (B, heads, n_first, m)
+            mixed = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT.to(v.dtype) @ a3_v
+        reach = None if n_first is None else n_first + self.residual.padding[0]
+        mixed = mixed + self.residual(v[..., :reach, :])[..., :n_first, :]  # (B, heads, N, ·)
+        result: Tensor = self.out(merge_heads(mixed))
+        return result
+
+    def forward(self, x: Tensor, n_first: int | None = None) -> Tensor:
+        """Tokens (B, N, width), all of them real → (B, N, width), or no more than the first ``n_first`` of them."""
+        return self.attend(*self.project(x), n_first)
