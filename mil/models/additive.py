@@ -38,7 +38,11 @@ class AdditiveMIL(MILModel):
             nn.Linear(attention_dim, 1),
         )
         self.classifier = nn.Sequential(
-            nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, n_classes)
+            nn.Linear(dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, n_classes),
         )
 
     def forward(self, batch: Batch) -> MILOutput:

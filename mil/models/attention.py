@@ -13,7 +13,7 @@ __all__ = ["MultiHeadAttention", "log_mean_attention", "merge_heads", "split_hea
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(…, N, width) → (…, heads, N, width / heads)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+    return torch.unflatten(x, -1, (heads, -1)).transpose(-2, -3)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -70,8 +70,11 @@ class MultiHeadAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """What ``forward`` does with what ``project`` gave."""
+        result: Tensor = self.out(merge_heads(self.mix(q, k, v, mask)))
+        return result
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Values mixed by attention, heads apart: (B, heads, M, ·)."""
         allowed = None if mask is None else mask[:, None, None]
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-        result: Tensor = self.out(merge_heads(mixed))
-        return result
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)

@@ -26,7 +26,7 @@ __all__ = [
     "pool",
 ]
 
-State = Mapping[str, Tensor] | Mapping[str, NDArray[Any]]
+State = Mapping[str, Tensor | NDArray[Any]]
 AnyModel = TypeVar("AnyModel", bound="MILModel")
 
 _CHUNK_TILES = 4096  # tiles whose hidden activations are held at once when no gradient is wanted
@@ -107,7 +107,7 @@ class PublishedState(dict[str, Tensor]):
     def __init__(self, state: State) -> None:
         for prefix in ("model.", "module."):
             if state and all(key.startswith(prefix) for key in state):
-                state = {key.removeprefix(prefix): value for key, value in state.items()}  # type: ignore[assignment]
+                state = {key.removeprefix(prefix): value for key, value in state.items()}
         super().__init__({key: _float(value) for key, value in state.items()})
 
     def __missing__(self, key: str) -> Tensor:
@@ -187,10 +187,11 @@ def pool(attention: Tensor, x: Tensor) -> Tensor:
     """Attention-weighted sums of the tiles: (B, K, N), (B, N, D) → (B, K, D); x may be half precision."""
     if x.dtype == torch.float32:
         return attention @ x
-    return sum(  # type: ignore[return-value]
-        (a @ part.float() for a, part in zip(attention.split(_CHUNK_TILES, -1), x.split(_CHUNK_TILES, 1), strict=True)),
-        start=attention.new_zeros(()),
-    )
+    pooled = attention.new_zeros((*attention.shape[:2], x.shape[2]))
+    for start in range(0, x.shape[1], _CHUNK_TILES):
+        part = slice(start, start + _CHUNK_TILES)
+        pooled = pooled + attention[..., part] @ x[:, part].float()
+    return pooled
 
 
 def each_bag(batch: Batch) -> Iterator[Batch]:
@@ -214,8 +215,12 @@ def join(outputs: Iterable[MILOutput], batch: Batch) -> MILOutput:
     first = alone[0]
     shape = (len(alone), first.scores.shape[1], batch.mask.shape[1])
     places = batch.mask[:, None].expand(shape)
-    scores = first.scores.new_full(shape, -torch.inf).masked_scatter(places, torch.cat([o.scores.flatten() for o in alone]))
-    attention = first.attention.new_zeros(shape).masked_scatter(places, torch.cat([o.attention.flatten() for o in alone]))
+    scores = first.scores.new_full(shape, -torch.inf).masked_scatter(
+        places, torch.cat([o.scores.flatten() for o in alone])
+    )
+    attention = first.attention.new_zeros(shape).masked_scatter(
+        places, torch.cat([o.attention.flatten() for o in alone])
+    )
     return MILOutput(
         logits=torch.cat([o.logits for o in alone]),
         attention=attention,

@@ -72,7 +72,7 @@ class _CLAM(MILModel):
         scorer = GatedAttentionScore if gated else AttentionScore
         branches = n_classes if self.attention_per_class else 1
         self.attention = scorer(embed_dim, attention_dim, branches, dropout=0.25 if dropout else 0.0)
-        self.classifier = self._classifier(embed_dim)
+        self.classifier: nn.Module = self._classifier(embed_dim)
         self.instance_classifiers = nn.ModuleList(nn.Linear(embed_dim, 2) for _ in range(n_classes))
 
     @abstractmethod
@@ -92,7 +92,9 @@ class _CLAM(MILModel):
         """
         targets = class_targets(targets, self.n_classes, "CLAM's instance loss")
         losses = [
-            torch.stack([self._judge(logits, labels) for logits, labels in self.sample(batch, output, targets, bag)]).sum()
+            torch.stack(
+                [self._judge(logits, labels) for logits, labels in self.sample(batch, output, targets, bag)]
+            ).sum()
             for bag in range(len(batch))
         ]
         share = self.n_classes if self.subtyping else 1
@@ -160,6 +162,7 @@ class CLAMMB(_CLAM):
     """CLAM with an attention branch, a slide vector and a classifier for each class."""
 
     attention_per_class = True
+    classifier: nn.ModuleList
 
     def _classifier(self, embed_dim: int) -> nn.Module:
         return nn.ModuleList(nn.Linear(embed_dim, 1) for _ in range(self.n_classes))

@@ -70,12 +70,11 @@ class NystromAttention(nn.Module):
         if width % heads:
             raise UsageError(f"a width of {width} does not divide into {heads} heads")
         self.heads = heads
+        self.reach = residual_kernel // 2
         self.landmarks = landmarks
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
-        self.residual = nn.Conv2d(
-            heads, heads, (residual_kernel, 1), padding=(residual_kernel // 2, 0), groups=heads, bias=False
-        )
+        self.residual = nn.Conv2d(heads, heads, (residual_kernel, 1), padding=(self.reach, 0), groups=heads, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, width) → queries, keys, values (B, heads, N, head width)."""
@@ -88,15 +87,19 @@ class NystromAttention(nn.Module):
         group = math.ceil(n / self.landmarks)
         front = self.landmarks * group - n
         q_padded, k_padded, v_padded = (F.pad(part, (0, 0, front, 0)) for part in (q, k, v))
-        q_marks, k_marks = (part.unflatten(-2, (-1, group)).mean(-2) for part in (q_padded, k_padded))  # (B, heads, m, ·)
+        q_marks, k_marks = (
+            torch.unflatten(part, -2, (-1, group)).mean(-2) for part in (q_padded, k_padded)
+        )  # (B, heads, m, ·)
         a2 = (q_marks @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)  # (B, heads, m, m)
         a3_v = F.scaled_dot_product_attention(q_marks, k_padded, v_padded)  # (B, heads, m, ·)
         if n_first is None:
             mixed = F.scaled_dot_product_attention(q, k_marks, apply_pseudo_inverse(a2, a3_v).to(v.dtype))
         else:
-            a1 = (q[..., :n_first, :] @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)  # (B, heads, n_first, m)
+            a1 = (
+                (q[..., :n_first, :] @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)
+            )  # (B, heads, n_first, m)
             mixed = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT.to(v.dtype) @ a3_v
-        reach = None if n_first is None else n_first + self.residual.padding[0]
+        reach = None if n_first is None else n_first + self.reach
         mixed = mixed + self.residual(v[..., :reach, :])[..., :n_first, :]  # (B, heads, N, ·)
         result: Tensor = self.out(merge_heads(mixed))
         return result

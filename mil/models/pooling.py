@@ -92,7 +92,9 @@ class LinearProbe(MILModel):
         """Layout of ``nn.Linear``: ``weight``, ``bias``."""
         found = PublishedState(state)
         n_classes, dim = found["weight"].shape
-        return load_published(cls(dim, n_classes, **hyper), found, {"classifier.weight": "weight", "classifier.bias": "bias"})
+        return load_published(
+            cls(dim, n_classes, **hyper), found, {"classifier.weight": "weight", "classifier.bias": "bias"}
+        )
 
 
 def _mean_pooled(h: Tensor, mask: Tensor, classifier: nn.Linear) -> MILOutput:

@@ -5,7 +5,7 @@ Differs from MIL-Lab: any batch size; padding is masked; asking for attention ne
 only the class token is computed.
 """
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class TransformerMIL(MILModel):
         mask = torch.cat([torch.ones_like(batch.mask[:, :1]), batch.mask], dim=1)  # (B, 1 + N)
         for block in self.blocks[:-1]:
             tokens = block(tokens, mask)  # (B, 1 + N, width)
-        last = self.blocks[-1]
+        last = cast(_Block, self.blocks[-1])
         embedding = self.norm(last(tokens, mask, n_first=1)).squeeze(1)  # (B, width)
         logits = self.classifier(embedding)  # (B, C)
         q, k, _ = last.project(tokens)

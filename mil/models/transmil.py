@@ -36,14 +36,16 @@ class PPEG(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, k, padding=k // 2, groups=width) for k in (7, 5, 3))
+        self.seven, self.five, self.three = (
+            nn.Conv2d(width, width, k, padding=k // 2, groups=width) for k in (7, 5, 3)
+        )
 
     def forward(self, tokens: Tensor, side: int) -> Tensor:
         """Tokens (B, side², width), row by row → the same shape: x + DW7(x) + DW5(x) + DW3(x)."""
-        kernel = sum(F.pad(c.weight, [3 - c.padding[0]] * 4) for c in self.convolutions)  # (width, 1, 7, 7)
-        kernel = kernel + F.pad(torch.ones_like(kernel[..., :1, :1]), [3] * 4)
-        bias = sum(c.bias for c in self.convolutions)
-        grid = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B, width, side, side)
+        identity = F.pad(torch.ones_like(self.three.weight[..., :1, :1]), [3] * 4)
+        kernel = self.seven.weight + F.pad(self.five.weight, [1] * 4) + F.pad(self.three.weight, [2] * 4) + identity
+        bias = torch.stack([c.bias for c in (self.seven, self.five, self.three) if c.bias is not None]).sum(0)
+        grid = torch.unflatten(tokens, 1, (side, side)).permute(0, 3, 1, 2)  # (B, width, side, side)
         return F.conv2d(grid, kernel, bias, padding=3, groups=len(kernel)).flatten(2).mT
 
 
@@ -65,10 +67,10 @@ class TransMIL(MILModel):
         super().__init__(dim, n_classes)
         self.embed = nn.Sequential(nn.Linear(dim, width), nn.ReLU())
         self.class_token = nn.Parameter(torch.randn(1, 1, width))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.attentions = nn.ModuleList(
-            NystromAttention(width, heads, landmarks=max(width // 2, 1), dropout=dropout) for _ in range(2)
-        )
+        landmarks = max(width // 2, 1)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention1 = NystromAttention(width, heads, landmarks=landmarks, dropout=dropout)
+        self.attention2 = NystromAttention(width, heads, landmarks=landmarks, dropout=dropout)
         self.positions = PPEG(width)
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, n_classes)
@@ -83,7 +85,7 @@ class TransMIL(MILModel):
         n_tiles = h.shape[1]
         side = math.isqrt(n_tiles - 1) + 1
         tokens = torch.cat([self.class_token, h, h[:, : side * side - n_tiles]], dim=1)  # (1, 1 + side², width)
-        first: Tensor = tokens + self.attentions[0](self.norms[0](tokens))
+        first: Tensor = tokens + self.attention1(self.norm1(tokens))
         return first
 
     def encode_positions(self, tokens: Tensor) -> Tensor:
@@ -93,9 +95,8 @@ class TransMIL(MILModel):
 
     def _one_bag(self, features: Tensor) -> MILOutput:
         tokens = self.encode_positions(self.first_layer(features))  # (1, 1 + side², width)
-        attention = self.attentions[1]
-        q, k, v = attention.project(self.norms[1](tokens))  # (1, heads, 1 + side², ·)
-        class_token = tokens[:, :1] + attention.attend(q, k, v, n_first=1)  # (1, 1, width)
+        q, k, v = self.attention2.project(self.norm2(tokens))  # (1, heads, 1 + side², ·)
+        class_token = tokens[:, :1] + self.attention2.attend(q, k, v, n_first=1)  # (1, 1, width)
         embedding = self.norm(class_token).squeeze(1)  # (1, width)
         logits = self.classifier(embedding)  # (1, C)
 
@@ -104,7 +105,8 @@ class TransMIL(MILModel):
         log_weights = log_mean_attention(q[..., :1, :], k[..., 1:, :], everything)  # (1, 1, side²)
         twice = n_tokens - n_tiles
         scores = torch.cat(
-            [torch.logaddexp(log_weights[..., :twice], log_weights[..., n_tiles:]), log_weights[..., twice:n_tiles]], dim=-1
+            [torch.logaddexp(log_weights[..., :twice], log_weights[..., n_tiles:]), log_weights[..., twice:n_tiles]],
+            dim=-1,
         )  # (1, 1, N)
         return MILOutput(logits, scores.softmax(-1), scores, embedding, no_parts(logits))
 
@@ -119,19 +121,19 @@ class TransMIL(MILModel):
             "embed": embed,
             "class_token": "cls_token",
             "classifier": classifier,
-            "positions.convolutions.0": "pos_layer.proj",
-            "positions.convolutions.1": "pos_layer.proj1",
-            "positions.convolutions.2": "pos_layer.proj2",
+            "positions.seven": "pos_layer.proj",
+            "positions.five": "pos_layer.proj1",
+            "positions.three": "pos_layer.proj2",
         }
-        for index in range(2):
-            theirs = layer.format(index if millab else index + 1)
+        for number in (1, 2):
+            theirs = layer.format(number - 1 if millab else number)
             names |= {
-                f"norms.{index}": f"{theirs}.norm",
-                f"attentions.{index}.qkv": f"{theirs}.{attn}.to_qkv",
-                f"attentions.{index}.out": f"{theirs}.{attn}.to_out",
-                f"attentions.{index}.residual": f"{theirs}.{attn}.res_conv",
+                f"norm{number}": f"{theirs}.norm",
+                f"attention{number}.qkv": f"{theirs}.{attn}.to_qkv",
+                f"attention{number}.out": f"{theirs}.{attn}.to_out",
+                f"attention{number}.residual": f"{theirs}.{attn}.res_conv",
             }
         width, dim = found[f"{embed}.0.weight"].shape
-        heads = len(found[f"{names['attentions.0.residual']}.weight"])
+        heads = len(found[f"{names['attention1.residual']}.weight"])
         model = cls(dim, len(found[f"{classifier}.weight"]), width=width, heads=heads, **hyper)
         return load_published(model, found, names)
