@@ -19,7 +19,7 @@ __all__ = ["NystromAttention", "apply_pseudo_inverse"]
 
 
 def apply_pseudo_inverse(a: Tensor, x: Tensor, *, iterations: int = 6, unformed: int = 1) -> Tensor:
-    """A⁺ X in float32, A⁺ the iterated Moore-Penrose inverse of matrices with rows or columns that sum to one.
+    """A⁺ X in float32, A⁺ the iterated Moore-Penrose inverse of matrices without negative entries.
 
     Equation 14: z ← ¼ z (13 I − 15 Y + 7 Y² − Y³) with Y = A z, from z₀ = Aᵀ / (largest row sum · largest column sum), the
     largest of each bag. What the last iterations would make is never formed but applied to X, product by product: one
@@ -33,22 +33,23 @@ def apply_pseudo_inverse(a: Tensor, x: Tensor, *, iterations: int = 6, unformed:
     Returns:
         (B, heads, m, v).
     """
-    a, x = a.float(), x.float()
-    rows, columns = (a.abs().sum(axis).amax((1, 2))[:, None, None, None] for axis in (-1, -2))
+    minus_a, result = -a.float().flatten(0, 1), x.float().flatten(0, 1)
+    rows, columns = (a.float().sum(axis).amax((1, 2))[:, None, None, None] for axis in (-1, -2))
     z = (a.mT / (rows * columns)).flatten(0, 1)  # (B · heads, m, m)
-    a, result = a.flatten(0, 1), x.flatten(0, 1)
-    identity = torch.eye(a.shape[-1], device=a.device)
     for _ in range(iterations - unformed):
-        y = a @ z
-        z = z @ torch.baddbmm(13 * identity - 15 * y, y @ y, 7 * identity - y, beta=0.25, alpha=0.25)
+        minus_y, quarter = minus_a @ z, 0.25 * z
+        # Horner's scheme with everything but products inside the products.
+        inner = torch.baddbmm(quarter, quarter, minus_y, beta=7)
+        inner = torch.baddbmm(quarter, inner, minus_y, beta=15)
+        z = torch.baddbmm(quarter, inner, minus_y, beta=13)
 
     def apply(w: Tensor, later: int) -> Tensor:
         if later == 0:
             return z @ w
-        yw = a @ apply(w, later - 1)
-        yyw = a @ apply(yw, later - 1)
-        yyyw = a @ apply(yyw, later - 1)
-        return apply(0.25 * (13 * w - 15 * yw + 7 * yyw - yyyw), later - 1)
+        inner = 0.25 * w
+        for factor in (7, 15, 13):
+            inner = torch.baddbmm(w, minus_a, apply(inner, later - 1), beta=0.25 * factor)
+        return apply(inner, later - 1)
 
     return apply(result, unformed).view_as(x)
 

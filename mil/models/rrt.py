@@ -2,20 +2,19 @@
 
 Tang, Zhou, Huang, Zhu, Zhang, Liu: Feature re-embedding: towards foundation model-level performance in computational
 pathology, CVPR 2024, equations 3 to 9 (R²T), as its code computes them.
-Differs from the code: bags are taken one by one inside ``forward``, as each has its own square, and regions a few at a
-time, so that memory stays bounded; ``regions`` and ``epeg_kernel`` are, as there, those of the first layers only: the
+Differs from the code: bags are taken one by one inside ``forward``, as each has its own square; the square matrices of
+attention logits are never written out. As there, ``regions`` and ``epeg_kernel`` are those of the first layers only: the
 cross-region layer has 8 × 8 regions and no convolution.
 """
 
 import math
 from typing import Any, Literal, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mil.bag import Batch
-from mil.models.attention import MultiHeadAttention, merge_heads
+from mil.models.attention import MultiHeadAttention
 from mil.models.base import (
     MILModel,
     MILOutput,
@@ -32,7 +31,6 @@ from wsi.errors import UsageError
 __all__ = ["RRTMIL"]
 
 _CROSS_REGIONS = 8
-_PAIRS_AT_ONCE = 1 << 23  # attention logits held at once: 32 MiB
 
 
 def _to_regions(x: Tensor, regions: int) -> Tensor:
@@ -51,26 +49,24 @@ def _from_regions(x: Tensor, n: int) -> Tensor:
 
 
 class _RegionAttention(nn.Module):
-    """R-MSA: attention within regions, with a convolution over the attention logits that tells places (EPEG)."""
+    """R-MSA: attention within regions, with a convolution over the attention logits that tells places (EPEG).
+
+    Logits Q Kᵀ are linear in the queries, and the convolution runs along the queries: it is done on Q, which is narrow,
+    and the logits are never written out. A bias of the convolution would shift all logits of a query alike: it does
+    nothing, and there is none.
+    """
 
     def __init__(self, width: int, heads: int, regions: int, epeg_kernel: int) -> None:
         super().__init__()
         self.regions = regions
         self.attention = MultiHeadAttention(width, heads)
-        self.epeg = nn.Conv2d(heads, heads, (epeg_kernel, 1), padding=(epeg_kernel // 2, 0), groups=heads)
+        self.epeg = nn.Conv2d(heads, heads, (epeg_kernel, 1), padding=(epeg_kernel // 2, 0), groups=heads, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width) → (N, width)."""
         regions = _to_regions(x, self.regions)  # (R, n, width)
-        at_once = max(1, _PAIRS_AT_ONCE // (self.attention.heads * regions.shape[1] ** 2))
-        return _from_regions(torch.cat([self._within(part) for part in torch.split(regions, at_once)]), len(x))
-
-    def _within(self, x: Tensor) -> Tensor:
-        q, k, v = self.attention.project(x, x, x)  # (R, heads, n, ·)
-        logits = q @ k.mT / math.sqrt(q.shape[-1])  # (R, heads, n, n)
-        weights = (logits + self.epeg(logits)).softmax(-1)
-        result: Tensor = self.attention.out(merge_heads(weights @ v))
-        return result
+        q, k, v = self.attention.project(regions, regions, regions)  # (R, heads, n, ·)
+        return _from_regions(self.attention.attend(q + self.epeg(q), k, v, None), len(x))
 
 
 class _CrossRegionAttention(nn.Module):
@@ -239,4 +235,5 @@ class RRTMIL(MILModel):
             pooling_dim=len(found["pool_fn.attention.attention.0.weight"]),
             **hyper,
         )
-        return load_published(model, found, names)
+        no_effect = tuple(f"online_encoder.layers.{index}.attn.attn.pe.bias" for index in range(depth))
+        return load_published(model, found, names, unused=no_effect)
