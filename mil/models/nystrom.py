@@ -78,33 +78,33 @@ class NystromAttention(nn.Module):
         self.residual = nn.Conv2d(heads, heads, (residual_kernel, 1), padding=(self.reach, 0), groups=heads, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, N, width) → queries, keys, values (B, heads, N, head width)."""
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))
+        """Tokens (B, N, width) → queries, keys, values (B, heads, P, head width): P − N zeros, then those of the tokens.
+
+        P is the next multiple of the number of landmarks.
+        """
+        padded = F.pad(x, (0, 0, -x.shape[1] % self.landmarks, 0))  # the projection has no bias: zeros stay zeros
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(padded).chunk(3, -1))
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, n_first: int | None = None) -> Tensor:
-        """What ``project`` gave → (B, N, width), or no more than the first ``n_first``, a few, of the N tokens."""
-        n = q.shape[-2]
-        group = math.ceil(n / self.landmarks)
-        front = self.landmarks * group - n
-        q_padded, k_padded, v_padded = (F.pad(part, (0, 0, front, 0)) for part in (q, k, v))
-        q_marks, k_marks = (
-            torch.unflatten(part, -2, (-1, group)).mean(-2) for part in (q_padded, k_padded)
-        )  # (B, heads, m, ·)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, n_tokens: int, n_first: int | None = None) -> Tensor:
+        """What ``project`` gave for N tokens → (B, N, width), or no more than the first ``n_first``, a few, of them."""
+        group = q.shape[-2] // self.landmarks
+        q_marks, k_marks = (torch.unflatten(part, -2, (-1, group)).mean(-2) for part in (q, k))  # (B, heads, m, ·)
         a2 = (q_marks @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)  # (B, heads, m, m)
-        a3_v = F.scaled_dot_product_attention(q_marks, k_padded, v_padded)  # (B, heads, m, ·)
+        a3_v = F.scaled_dot_product_attention(q_marks, k, v)  # (B, heads, m, ·)
+        q, v = q[..., -n_tokens:, :], v[..., -n_tokens:, :]
         if n_first is None:
             mixed = F.scaled_dot_product_attention(q, k_marks, apply_pseudo_inverse(a2, a3_v).to(v.dtype))
+            mixed = mixed + self.residual(v)  # (B, heads, N, ·)
         else:
             a1 = (
                 (q[..., :n_first, :] @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)
             )  # (B, heads, n_first, m)
             mixed = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT.to(v.dtype) @ a3_v
-        reach = None if n_first is None else n_first + self.reach
-        mixed = mixed + self.residual(v[..., :reach, :])[..., :n_first, :]  # (B, heads, N, ·)
+            mixed = mixed + self.residual(v[..., : n_first + self.reach, :])[..., :n_first, :]  # (B, heads, n_first, ·)
         result: Tensor = self.out(merge_heads(mixed))
         return result
 
     def forward(self, x: Tensor, n_first: int | None = None) -> Tensor:
         """Tokens (B, N, width), all of them real → (B, N, width), or no more than the first ``n_first`` of them."""
-        return self.attend(*self.project(x), n_first)
+        return self.attend(*self.project(x), x.shape[1], n_first)

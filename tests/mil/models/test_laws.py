@@ -206,7 +206,7 @@ def test_the_auxiliary_loss_is_a_finite_scalar(name: str) -> None:
 
 
 def test_a_very_large_bag_is_answered_in_bounded_memory() -> None:
-    """100,000 tiles, or 16,000 where time is quadratic: a matrix over pairs of tiles would take 1 to 40 GB."""
+    """100,000 tiles, or 12,000 where time is quadratic: a matrix over pairs of tiles would take 0.58 to 40 GB."""
     code = """
 import resource, torch
 from mil.bag import Bag, collate
@@ -214,8 +214,9 @@ from mil.models import build_model
 from tests.mil.models.test_laws import DIM, CLASSES, SMALL, MODELS
 torch.set_num_threads(2)
 torch.manual_seed(0)
+print('alone', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 for name, kind in MODELS.items():
-    n = 16_000 if kind.quadratic else 100_000
+    n = 12_000 if kind.quadratic else 100_000
     batch = collate([Bag(torch.randn(n, DIM).half(), torch.randint(0, 100_000, (n, 2)))])
     with torch.no_grad():
         output = build_model(name, DIM, CLASSES, **SMALL.get(name, {})).eval()(batch)
@@ -233,8 +234,8 @@ for name, kind in MODELS.items():
     )
     assert done.returncode == 0, done.stderr
     peaks = {line.split()[0]: int(line.split()[1]) / 2**20 for line in done.stdout.splitlines()}
-    assert peaks.keys() == MODELS.keys()
-    assert max(peaks.values()) < 1.2, peaks  # GiB, of which Python with PyTorch takes 0.3
+    assert peaks.keys() - {"alone"} == MODELS.keys()
+    assert max(peaks.values()) - peaks["alone"] < 0.45, peaks  # GiB
 
 
 def test_an_unknown_model_is_refused_with_the_name_that_was_meant() -> None:
