@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -126,18 +127,23 @@ class PublishedState(dict[str, Tensor]):
 
 
 def load_published(
-    model: AnyModel, state: PublishedState, names: Mapping[str, str], unused: tuple[str, ...] = ()
+    model: AnyModel,
+    state: PublishedState,
+    names: Mapping[str, str],
+    unused: tuple[str, ...] = (),
+    new: str | None = None,
 ) -> AnyModel:
     """Fill ``model`` from ``state`` and put it in eval mode.
 
     Args:
         names: the beginning of our name of a tensor → of the authors'; the longest that fits counts.
         unused: beginnings of keys that the authors' forward pass never reads.
+        new: a module of ours that keeps the weights it has.
 
     Raises:
         ModelMismatchError: keys are missing or unexpected, or a shape does not fit.
     """
-    ours = model.state_dict()
+    ours = {key: tensor for key, tensor in model.state_dict().items() if new is None or not key.startswith(f"{new}.")}
     theirs: dict[str, str] = {}
     for key in ours:
         begin = max((name for name in names if key == name or key.startswith(f"{name}.")), key=len, default=None)
@@ -154,7 +160,9 @@ def load_published(
                 f"the published weights do not fit {type(model).__name__}: {theirs[key]} is {tuple(found.shape)}, "
                 f"not {tuple(tensor.shape)}"
             )
-    model.load_state_dict({key: state[theirs[key]].reshape(tensor.shape) for key, tensor in ours.items()})
+    with torch.no_grad():
+        for key, tensor in ours.items():
+            tensor.copy_(state[theirs[key]].reshape(tensor.shape))
     return model.eval()
 
 
@@ -249,7 +257,8 @@ def class_targets(targets: Tensor, n_classes: int, why: str) -> Tensor:
 
 
 def _float(value: Any) -> Tensor:
-    tensor = torch.as_tensor(value)
+    # A copy, as PyTorch warns of sharing a read-only array.
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     return tensor.float() if tensor.is_floating_point() else tensor
 
 

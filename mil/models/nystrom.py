@@ -33,25 +33,27 @@ def apply_pseudo_inverse(a: Tensor, x: Tensor, *, iterations: int = 6, unformed:
     Returns:
         (B, heads, m, v).
     """
-    minus_a, result = -a.float().flatten(0, 1), x.float().flatten(0, 1)
-    rows, columns = (a.float().sum(axis).amax((1, 2))[:, None, None, None] for axis in (-1, -2))
-    z = (a.mT / (rows * columns)).flatten(0, 1)  # (B · heads, m, m)
-    for _ in range(iterations - unformed):
-        minus_y, quarter = minus_a @ z, 0.25 * z
-        # Horner's scheme with everything but products inside the products.
-        inner = torch.baddbmm(quarter, quarter, minus_y, beta=7)
-        inner = torch.baddbmm(quarter, inner, minus_y, beta=15)
-        z = torch.baddbmm(quarter, inner, minus_y, beta=13)
+    # Autocast would have these products in half precision, which the iteration does not survive.
+    with torch.autocast(a.device.type, enabled=False):
+        minus_a = -a.float().flatten(0, 1)
+        rows, columns = (a.float().sum(axis).amax((1, 2))[:, None, None, None] for axis in (-1, -2))
+        z = (a.float().mT / (rows * columns)).flatten(0, 1)  # (B · heads, m, m)
+        for _ in range(iterations - unformed):
+            minus_y, quarter = minus_a @ z, 0.25 * z
+            # Horner's scheme with everything but products inside the products.
+            inner = torch.baddbmm(quarter, quarter, minus_y, beta=7)
+            inner = torch.baddbmm(quarter, inner, minus_y, beta=15)
+            z = torch.baddbmm(quarter, inner, minus_y, beta=13)
 
-    def apply(w: Tensor, later: int) -> Tensor:
-        if later == 0:
-            return z @ w
-        inner = 0.25 * w
-        for factor in (7, 15, 13):
-            inner = torch.baddbmm(w, minus_a, apply(inner, later - 1), beta=0.25 * factor)
-        return apply(inner, later - 1)
+        def apply(w: Tensor, later: int) -> Tensor:
+            if later == 0:
+                return z @ w
+            inner = 0.25 * w
+            for factor in (7, 15, 13):
+                inner = torch.baddbmm(w, minus_a, apply(inner, later - 1), beta=0.25 * factor)
+            return apply(inner, later - 1)
 
-    return apply(result, unformed).view_as(x)
+        return apply(x.float().flatten(0, 1), unformed).view_as(x)
 
 
 class NystromAttention(nn.Module):
@@ -97,10 +99,9 @@ class NystromAttention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k_marks, apply_pseudo_inverse(a2, a3_v).to(v.dtype))
             mixed = mixed + self.residual(v)  # (B, heads, N, ·)
         else:
-            a1 = (
-                (q[..., :n_first, :] @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)
-            )  # (B, heads, n_first, m)
-            mixed = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT.to(v.dtype) @ a3_v
+            logits = q[..., :n_first, :] @ k_marks.mT / math.sqrt(q.shape[-1])
+            a1 = logits.float().softmax(-1)  # (B, heads, n_first, m)
+            mixed = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT @ a3_v
             mixed = mixed + self.residual(v[..., : n_first + self.reach, :])[..., :n_first, :]  # (B, heads, n_first, ·)
         result: Tensor = self.out(merge_heads(mixed))
         return result

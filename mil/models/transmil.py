@@ -102,7 +102,9 @@ class TransMIL(MILModel):
 
         n_tiles, n_tokens = features.shape[1], tokens.shape[1] - 1
         everything = torch.ones((1, n_tokens), dtype=torch.bool, device=features.device)
-        log_weights = log_mean_attention(q[..., [-n_tokens - 1], :], k[..., -n_tokens:, :], everything)  # (1, 1, side²)
+        log_weights = log_mean_attention(
+            q[..., -n_tokens - 1 : -n_tokens, :], k[..., -n_tokens:, :], everything
+        )  # (1, 1, side²)
         twice = n_tokens - n_tiles
         scores = torch.cat(
             [torch.logaddexp(log_weights[..., :twice], log_weights[..., n_tiles:]), log_weights[..., twice:n_tiles]],

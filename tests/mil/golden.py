@@ -18,12 +18,15 @@ FOLDER = Path(__file__).parents[1] / "golden"
 def arrays(file: str) -> dict[str, NDArray[Any]]:
     """All arrays of one golden file by name."""
     with np.load(FOLDER / f"{file}.npz") as found:
-        return dict(found)
+        read = dict(found)
+    for array in read.values():  # what many tests share
+        array.flags.writeable = False
+    return read
 
 
 def number(file: str, name: str) -> Tensor:
     """One array as a tensor, half precision widened."""
-    tensor = torch.from_numpy(arrays(file)[name])
+    tensor = torch.from_numpy(arrays(file)[name].copy())
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 

@@ -180,6 +180,18 @@ def test_a_prefix_on_all_keys_is_taken_off() -> None:
     assert_near(output.logits, number("abmil_millab", "small_gated/logits"))
 
 
+@pytest.mark.parametrize("has_classifier", [True, False])
+def test_a_slide_encoder_gets_a_new_classifier_if_asked(has_classifier: bool) -> None:
+    weights = golden.state("abmil_millab", "small_gated")
+    if not has_classifier:
+        weights = {key: value for key, value in weights.items() if not key.startswith("classifier")}
+    model = GatedABMIL.from_published(weights, n_classes=7)
+    output = model(golden.batch(number("bags", "x_64x32")))
+    assert_near(output.embedding, number("abmil_millab", "small_gated/slide_feats"))
+    assert_near(output.logits, model.classifier(output.embedding))
+    assert output.logits.shape == (1, 7)
+
+
 def test_abmil_masks_as_millab_does() -> None:
     model = GatedABMIL.from_published(golden.state("abmil_millab", "small_gated"))
     mask = number("abmil_millab", "small_gated_masked/mask").bool()
@@ -207,7 +219,7 @@ def test_pooling_is_that_of_torchmil(name: str, model: type[MeanMIL] | type[MaxM
 
 def test_pooling_models_load_the_layouts_they_say() -> None:
     weights = golden.state("abmil_millab", "small_gated")
-    kept = {key: torch.from_numpy(value) for key, value in weights.items() if not key.startswith("global_attn")}
+    kept = {key: torch.from_numpy(value.copy()) for key, value in weights.items() if not key.startswith("global_attn")}
     x = number("bags", "x_64x32")
     h = torch.relu(x @ kept["patch_embed.0.weight"].T + kept["patch_embed.0.bias"]).mean(0)
     expected = h @ kept["classifier.weight"].T + kept["classifier.bias"]
@@ -294,9 +306,7 @@ def _nystrom() -> NystromAttention:
     ours = {"to_qkv": "qkv", "to_out": "out", "res_conv": "residual"}
     attention = NystromAttention(32, 4, landmarks=16)
     weights = golden.state("nystrom")
-    attention.load_state_dict(
-        {ours[k.split(".")[0]] + k[k.index(".") :]: torch.from_numpy(v) for k, v in weights.items()}
-    )
+    attention.load_state_dict({ours[k.split(".")[0]] + k[k.index(".") :]: torch.tensor(v) for k, v in weights.items()})
     return attention.eval()
 
 
@@ -307,6 +317,13 @@ def test_the_pseudo_inverse_is_that_of_the_package(iterations: int, unformed: in
     a = number("nystrom", "pinv/in").flatten(0, 1)[None]
     inverse = apply_pseudo_inverse(a, torch.eye(16).expand_as(a), iterations=iterations, unformed=unformed)
     assert_near(inverse, number("nystrom", f"pinv/out{iterations}"), atol=1e-4, rtol=1e-4)
+
+
+def test_the_pseudo_inverse_stays_in_float32_under_autocast() -> None:
+    a = number("nystrom", "pinv/in").flatten(0, 1)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inverse = apply_pseudo_inverse(a, torch.eye(16).expand_as(a))
+    assert_near(inverse, number("nystrom", "pinv/out6"), atol=1e-4)
 
 
 def test_the_transformers_first_attention_is_that_of_millab() -> None:
