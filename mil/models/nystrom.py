@@ -79,33 +79,47 @@ class NystromAttention(nn.Module):
         self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
         self.residual = nn.Conv2d(heads, heads, (residual_kernel, 1), padding=(self.reach, 0), groups=heads, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, N, width) → queries, keys, values (B, heads, P, head width): P − N zeros, then those of the tokens.
-
-        P is the next multiple of the number of landmarks.
-        """
-        padded = F.pad(x, (0, 0, -x.shape[1] % self.landmarks, 0))  # the projection has no bias: zeros stay zeros
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(padded).chunk(3, -1))
-        return q, k, v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, n_tokens: int, n_first: int | None = None) -> Tensor:
-        """What ``project`` gave for N tokens → (B, N, width), or no more than the first ``n_first``, a few, of them."""
-        group = q.shape[-2] // self.landmarks
-        q_marks, k_marks = (torch.unflatten(part, -2, (-1, group)).mean(-2) for part in (q, k))  # (B, heads, m, ·)
-        a2 = (q_marks @ k_marks.mT / math.sqrt(q.shape[-1])).float().softmax(-1)  # (B, heads, m, m)
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, width), all of them real → (B, N, width)."""
+        padded = self._padded(x)
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(padded).chunk(3, -1))  # (B, heads, P, ·)
+        q_marks, k_marks = self._landmarks(q), self._landmarks(k)  # (B, heads, m, ·)
         a3_v = F.scaled_dot_product_attention(q_marks, k, v)  # (B, heads, m, ·)
-        q, v = q[..., -n_tokens:, :], v[..., -n_tokens:, :]
-        if n_first is None:
-            mixed = F.scaled_dot_product_attention(q, k_marks, apply_pseudo_inverse(a2, a3_v).to(v.dtype))
-            mixed = mixed + self.residual(v)  # (B, heads, N, ·)
-        else:
-            logits = q[..., :n_first, :] @ k_marks.mT / math.sqrt(q.shape[-1])
-            a1 = logits.float().softmax(-1)  # (B, heads, n_first, m)
-            mixed = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT @ a3_v
-            mixed = mixed + self.residual(v[..., : n_first + self.reach, :])[..., :n_first, :]  # (B, heads, n_first, ·)
+        q, v = q[..., -x.shape[1] :, :], v[..., -x.shape[1] :, :]  # (B, heads, N, ·)
+        inverse_a3_v = apply_pseudo_inverse(_weights(q_marks, k_marks), a3_v).to(v.dtype)
+        mixed = F.scaled_dot_product_attention(q, k_marks, inverse_a3_v) + self.residual(v)  # (B, heads, N, ·)
         result: Tensor = self.out(merge_heads(mixed))
         return result
 
-    def forward(self, x: Tensor, n_first: int | None = None) -> Tensor:
-        """Tokens (B, N, width), all of them real → (B, N, width), or no more than the first ``n_first`` of them."""
-        return self.attend(*self.project(x), x.shape[1], n_first)
+    def of_first(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``forward`` says of the first of the tokens (B, N, width), at half the cost.
+
+        Returns:
+            (B, 1, width), and what its exact attention would be made of: its query (B, heads, 1, head width) and the keys
+            of all tokens (B, heads, N, head width).
+        """
+        padded = self._padded(x)
+        to_q, to_kv = self.qkv.weight.tensor_split([self.qkv.in_features])
+        # Only the queries of the first token and of the landmarks are asked for, and a mean of queries is one of a mean.
+        q, q_marks = (split_heads(F.linear(of, to_q), self.heads) for of in (x[:, :1], self._landmarks(padded)))
+        k, v = (split_heads(part, self.heads) for part in F.linear(padded, to_kv).chunk(2, -1))  # (B, heads, P, ·)
+        k_marks = self._landmarks(k)  # (B, heads, m, ·)
+        a1, a2 = _weights(q, k_marks), _weights(q_marks, k_marks)  # (B, heads, 1, m), (B, heads, m, m)
+        a1_inverse = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT.to(v.dtype)  # (B, heads, 1, m)
+        a3_v = F.scaled_dot_product_attention(q_marks, k, v)  # (B, heads, m, ·)
+        k, v = k[..., -x.shape[1] :, :], v[..., -x.shape[1] :, :]  # (B, heads, N, ·)
+        mixed = a1_inverse @ a3_v + self.residual(v[..., : 1 + self.reach, :])[..., :1, :]  # (B, heads, 1, ·)
+        return self.out(merge_heads(mixed)), q, k
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Zeros in front of the tokens, to a multiple of the landmarks; no projection has a bias, so they stay zeros."""
+        return F.pad(x, (0, 0, -x.shape[1] % self.landmarks, 0))
+
+    def _landmarks(self, x: Tensor) -> Tensor:
+        """Means of consecutive tokens: (…, P, ·) → (…, m, ·)."""
+        return torch.unflatten(x, -2, (self.landmarks, -1)).mean(-2)
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """Softmax attention weights in float32: (…, M, ·), (…, N, ·) → (…, M, N)."""
+    return (q @ k.mT / math.sqrt(q.shape[-1])).float().softmax(-1)

@@ -95,16 +95,13 @@ class TransMIL(MILModel):
 
     def _one_bag(self, features: Tensor) -> MILOutput:
         tokens = self.encode_positions(self.first_layer(features))  # (1, 1 + side², width)
-        q, k, v = self.attention2.project(self.norm2(tokens))  # (1, heads, zeros + 1 + side², ·)
-        class_token = tokens[:, :1] + self.attention2.attend(q, k, v, tokens.shape[1], n_first=1)  # (1, 1, width)
-        embedding = self.norm(class_token).squeeze(1)  # (1, width)
+        told, query, keys = self.attention2.of_first(self.norm2(tokens))  # (1, 1, width)
+        embedding = self.norm(tokens[:, :1] + told).squeeze(1)  # (1, width)
         logits = self.classifier(embedding)  # (1, C)
 
         n_tiles, n_tokens = features.shape[1], tokens.shape[1] - 1
         everything = torch.ones((1, n_tokens), dtype=torch.bool, device=features.device)
-        log_weights = log_mean_attention(
-            q[..., -n_tokens - 1 : -n_tokens, :], k[..., -n_tokens:, :], everything
-        )  # (1, 1, side²)
+        log_weights = log_mean_attention(query, keys[..., 1:, :], everything)  # (1, 1, side²)
         twice = n_tokens - n_tiles
         scores = torch.cat(
             [torch.logaddexp(log_weights[..., :twice], log_weights[..., n_tiles:]), log_weights[..., twice:n_tiles]],

@@ -81,6 +81,8 @@ def test_padding_changes_nothing(name: str) -> None:
     )
     with torch.no_grad():
         alone, output = model(single), model(padded)
+        truth = torch.tensor([1])
+        near(model.auxiliary_loss(padded, output, truth), model.auxiliary_loss(single, alone, truth))
     assert output.attention.shape[-1] == 30
     assert torch.equal(output.attention[..., 21:], torch.zeros_like(output.attention[..., 21:]))
     assert bool((output.scores[..., 21:] == -torch.inf).all())
