@@ -315,3 +315,22 @@ def test_dtfd_draws_other_parts_in_training_and_averages_several_in_eval_mode() 
         first, second = model(batch).logits, model(batch).logits
         assert not torch.equal(first, second)
         near(model.eval()(batch).logits.exp().sum(1), torch.ones(1))
+
+
+def test_dtfd_lets_no_gradient_of_the_second_tier_into_the_first() -> None:
+    for distil in ("afs", "maxs", "maxmins"):
+        model = build_model("dtfd", DIM, 2, embed_dim=8, attention_dim=4, distil=distil)
+        torch.autograd.backward(model(collate([bag(40)])).logits.sum())
+        reached = {key.split(".")[0] for key, value in model.named_parameters() if value.grad is not None}
+        assert reached == {"slide_attention", "slide_classifier"}
+
+
+def test_dsmil_takes_the_largest_logit_of_real_tiles_even_if_all_are_below_zero() -> None:
+    model, batch = make("dsmil"), collate([bag(21), bag(8, 1)])
+    with torch.no_grad():
+        model.get_parameter("tile_classifier.bias").fill_(-9)
+        output = model(batch)
+        truth = torch.zeros(2, CLASSES)
+        singles = [collate([single]) for single in (bag(21), bag(8, 1))]
+        losses = [model.auxiliary_loss(single, model(single), truth[:1]) for single in singles]
+    near(model.auxiliary_loss(batch, output, truth), torch.stack(losses).mean(), atol=1e-7)
