@@ -155,14 +155,14 @@ def load_published(
         raise ModelMismatchError(f"the published weights do not fit {type(model).__name__}: {'; '.join(wrong)}")
     for key, tensor in ours.items():
         found = state[theirs[key]]
-        if found.numel() != tensor.numel():
+        if found.shape != tensor.shape:
             raise ModelMismatchError(
                 f"the published weights do not fit {type(model).__name__}: {theirs[key]} is {tuple(found.shape)}, "
                 f"not {tuple(tensor.shape)}"
             )
     with torch.no_grad():
         for key, tensor in ours.items():
-            tensor.copy_(state[theirs[key]].reshape(tensor.shape))
+            tensor.copy_(state[theirs[key]])
     return model.eval()
 
 

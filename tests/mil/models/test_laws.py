@@ -302,6 +302,15 @@ def test_distances_are_measured_by_the_mean_distance_seen_in_training() -> None:
     near(seen, torch.full((2,), 2 * (500 + 1000 + 500) / 9))
 
 
+def test_distances_are_exact_on_a_slide_of_any_size() -> None:
+    model = build_model("stamp-vit", DIM, 2, width=16, heads=2, mlp_dim=8, distances=True)
+    xy = torch.tensor([[i % 8, i // 8] for i in range(64)]) + 200_000
+    model(collate([Bag(torch.randn(64, DIM), xy)]))
+    places = torch.cat([torch.zeros(1, 2), xy]).double()
+    expected = (places[:, None] - places[None]).norm(dim=-1).mean()
+    near(model.get_buffer("layers.1.penalty.mean_distance"), expected.float().expand(2), atol=0.01)
+
+
 def test_contributions_of_additive_mil_add_up_to_the_logits() -> None:
     with torch.no_grad():
         output = make("additive")(collate([bag(21), bag(8, 1)]))
