@@ -107,7 +107,7 @@ class _Work:
     """One slide on its way through the stages.
 
     ``writers`` has, for each encoder whose features the slide lacks, who writes them; ``begin`` the tile to begin with;
-    ``errors`` what ended it.
+    ``errors`` what ended it; ``unwritten`` those whose writer failed, while rows from before another error are written.
     """
 
     source: SlideSource
@@ -119,6 +119,7 @@ class _Work:
     job: TileJob
     timing: Timing
     errors: dict[_Lane, Exception] = field(default_factory=dict)
+    unwritten: set[_Lane] = field(default_factory=set)
 
     def wants(self, lane: _Lane) -> bool:
         return lane in self.writers and lane not in self.errors
@@ -411,13 +412,14 @@ class Pipeline:
 
     def _write(self, rows: _Rows) -> None:
         work, lane = rows.work, rows.lane
-        if lane in work.errors:
+        if lane in work.unwritten:
             return
         try:
             work.writers[lane].write(rows.vectors, rows.status)
         except EnvironmentFaultError:
             raise
         except Exception as error:  # noqa: BLE001 - recorded, as `failure`
+            work.unwritten.add(lane)
             work.fail(lane, error)
         if lane is next(iter(work.writers)):
             self._observer.tiles_done(len(rows.status))
