@@ -22,7 +22,7 @@ from features import EncoderRequest, extract_slides, load_encoder
 encoder = load_encoder(EncoderRequest(sys.argv[3], device="cpu"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 done = extract_slides(sys.argv[1], sys.argv[2], encoder).outcomes[0]
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, done.facts["n_tiles"], done.facts["seconds"])
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, done.facts["n_tiles"], done.facts["loop_s"])
 """
 
 

@@ -2,13 +2,15 @@
 
     python benchmarks/one_run.py SLIDES OUT --encoder timm:vit_small_patch16_224 --random-weights 0 --bare-seconds 5
 
-Prints, on the last line: ``seconds`` from the first slide to the last, after the encoder is loaded; ``before_mb`` and
-``peak_mb`` of memory; ``bare`` tiles/s of the encoder alone on one batch that lies on its device, None where not asked
-for; ``slides``, what ``report.jsonl`` says of each.
+Prints, on the last line: ``seconds`` from the first slide to the last, after the encoder is loaded; ``busy``, the share of
+its loop's time that the encoder was at work; ``decode_ratio``; ``before_mb`` and ``peak_mb`` of memory; ``bare`` tiles/s of
+the encoder alone on one batch that lies on its device, None where not asked for; ``slides``, what ``report.jsonl`` says of
+each.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -23,9 +25,11 @@ FREE = str(ROOT / "benchmarks" / "peer_runs" / "means.py") + ":build"
 
 @dataclass(frozen=True)
 class Extraction:
-    """What one run came to; see the words above for the first four."""
+    """What one run came to; see the words above."""
 
     seconds: float
+    busy: float
+    decode_ratio: float
     before_mb: float
     peak_mb: float
     bare: float | None
@@ -33,29 +37,18 @@ class Extraction:
 
     @property
     def tiles(self) -> int:
-        return int(self.total("n_tiles"))
+        return int(sum(slide["n_tiles"] for slide in self.slides))
 
     @property
     def tiles_per_s(self) -> float:
         return self.tiles / self.seconds
 
-    @property
-    def busy_share(self) -> float:
-        """The part of its time that the encoder computes and does not wait for tiles, over all slides."""
-        busy, waited = self.total("encoder_busy_s"), self.total("waited_s")
-        return busy / (busy + waited)
-
-    def total(self, key: str) -> float:
-        """Sum over the slides. Raises LookupError where this version of ``wsi-extract`` does not report the key."""
-        if any(key not in slide for slide in self.slides):
-            raise LookupError(f"report.jsonl has no {key!r}: this wsi-extract does not measure it")
-        return float(sum(slide[key] for slide in self.slides))
-
 
 def extraction(slides: Path, out: Path, *options: str) -> Extraction:
     """Run this file and return what it prints; every slide has to succeed."""
     command = [sys.executable, __file__, str(slides), str(out), *options]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    variables = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as wsi-extract sets it
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=variables)
     printed = json.loads(done.stdout.splitlines()[-1])
     failed = [slide for slide in printed["slides"] if slide["status"] != "done"]
     if failed:
@@ -84,6 +77,8 @@ def main() -> None:
     report = extract_slides(chosen.slides, chosen.out, encoder, ExtractOptions(batch_size=chosen.batch_size))
     printed = {
         "seconds": report.seconds,
+        "busy": report.timing.busy_share,
+        "decode_ratio": report.timing.decode_ratio,
         "before_mb": before,
         "peak_mb": _peak_mb(),
         "bare": bare,

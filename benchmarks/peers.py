@@ -196,7 +196,7 @@ class Bench:
             figures.append(Figure(f"{name}: largest error of a mean colour", self.apart[name], "grey levels"))
             compared[name] = rate
         mine = compared.pop(OURS)
-        return figures + [Figure(f"{OURS} over {name}, {what}", mine / rate, "x") for name, rate in compared.items()]
+        return figures + [Figure(f"{OURS} over {name}, {what}", mine / rate, "x", 5) for name, rate in compared.items()]
 
 
 def options() -> argparse.Namespace:

@@ -65,6 +65,8 @@ def extract(context: click.Context, /, slides: str | None, out: Path | None, dem
 
 def main() -> None:
     """Entry point of ``wsi-extract``."""
+    # Before torch is loaded: its threads spin while they wait, on the cores that the reading threads need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run(extract, "wsi-extract")
 
 
