@@ -1,16 +1,16 @@
 """TileStream: a grid in, uint8 batches out, decoded by threads while the caller works on the batch before.
 
-A planner goes through the tiles in order and names the cells each is made of; threads decode cells, each once, and
-whoever decodes the last cell of a tile puts the tile together. Nobody waits for another's cell. What is kept in memory
-is the batches ahead, and the cells that tiles further on will touch again.
+Threads take the tiles in order, each with the cells it is made of and nobody has taken yet; whoever decodes the last cell
+of a tile puts the tile together. Nobody waits for another's cell. What is kept in memory is the batches ahead, and the
+cells that tiles further on will touch again.
 """
 
 import os
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,7 @@ def stream_jobs(
 ) -> Generator[TileBatch, None, None]:
     """Batches of the tiles of all jobs, one job after the other; a batch is full unless it is the last.
 
-    ``jobs`` is gone through in a thread of its own, which may wait for it; all tiles have the same size.
+    ``jobs`` is gone through in the threads, one at a time, and may make them wait; all tiles have the same size.
 
     Args:
         allocate: makes the memory for a batch, such as memory that a GPU can copy from.
@@ -152,18 +152,18 @@ def stream_jobs(
     Raises:
         Exception: what ``jobs`` or ``allocate`` raises. What a job's reader raises becomes that job's ``error``.
     """
-    pool = _Pool(batch_size, ahead, allocate)
-    planner = threading.Thread(target=pool.plan, args=(jobs,), name="read-plan", daemon=True)
+    pool = _Pool(jobs, batch_size, ahead, allocate)
     workers = [threading.Thread(target=pool.work, name=f"read-{n}", daemon=True) for n in range(threads)]
-    for thread in (planner, *workers):
+    for thread in workers:
         thread.start()
     try:
         while (batch := pool.take()) is not None:
             yield batch
     finally:
-        pool.close(len(workers))
-        for thread in (planner, *workers):
+        pool.stop()
+        for thread in workers:
             thread.join()
+        pool.close()
 
 
 @dataclass(eq=False, slots=True)
@@ -188,6 +188,14 @@ class _Tile:
     index: int
     cells: list[_Cell] = field(default_factory=list)
     missing: int = 0
+
+
+class _Task(NamedTuple):
+    """What a thread takes: a tile, the cells to decode for it, and whether it has them all without these."""
+
+    tile: _Tile
+    cells: list[_Cell]
+    is_ready: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -292,19 +300,22 @@ class _Source:
 
 
 class _Pool:
-    """What the planner, the threads and the consumer share. ``_lock`` guards cells' and batches' states."""
+    """What the threads and the consumer share. ``_lock`` guards cells' and batches' states, ``_turn`` the plan."""
 
-    def __init__(self, batch_size: int, ahead: int, allocate: Callable[[tuple[int, ...]], Pixels]) -> None:
+    def __init__(
+        self, jobs: Iterable[TileJob], batch_size: int, ahead: int, allocate: Callable[[tuple[int, ...]], Pixels]
+    ) -> None:
         self._batch_size = batch_size
         self._ahead = ahead
         self._allocate = allocate
-        self._tasks: queue.SimpleQueue[list[_Cell] | _Tile | None] = queue.SimpleQueue()
+        self._plan = self._planned(iter(jobs))
+        self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._batches: deque[_Batch] = deque()  # planned and not taken yet
         self._free: list[Pixels] = []  # memory of batches that were released: new pages cost as much as stitching
         self._is_over = False  # nothing more will be planned
-        self._is_closed = False
+        self._is_stopped = False
         self._error: BaseException | None = None
 
     # --- the consumer's side ---
@@ -322,28 +333,34 @@ class _Pool:
                     return None
                 self._changed.wait()
 
-    def close(self, workers: int) -> None:
+    def stop(self) -> None:
+        """Have the threads end, as soon as what they wait for has come."""
         with self._changed:
-            self._is_closed = True
+            self._is_stopped = True
             self._changed.notify_all()
-        for _ in range(workers):
-            self._tasks.put(None)
+
+    def close(self) -> None:
+        """End the iteration over the jobs; the threads must have ended."""
+        self._plan.close()
 
     # --- the threads' side ---
 
     def work(self) -> None:
+        scratch = _Scratch()
         try:
-            scratch = _Scratch()
-            while (task := self._tasks.get()) is not None:
-                if self._is_closed:
+            while True:
+                with self._turn:
+                    task = next(self._plan, None)
+                if task is None:
                     return
-                ready = [task] if isinstance(task, _Tile) else self._decoded(task, scratch)
-                for tile in ready:
+                ready = self._decoded(task.cells, scratch)
+                for tile in (*ready, task.tile) if task.is_ready else ready:
                     tile.source.assemble(tile, scratch)
-                if ready:
-                    self._made(ready)
+                    self._made(tile)
         except BaseException as error:  # noqa: BLE001 - raised by `take`
-            self._fail(error)
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
 
     def _decoded(self, cells: list[_Cell], scratch: "_Scratch") -> list[_Tile]:
         """Decode cells; the tiles that lacked nothing else."""
@@ -359,39 +376,42 @@ class _Pool:
                         ready.append(tile)
         return ready
 
-    def _made(self, tiles: list[_Tile]) -> None:
+    def _made(self, tile: _Tile) -> None:
+        tile.cells = []
         with self._changed:
-            for tile in tiles:
-                tile.cells = []
-                tile.batch.made += 1
-                if tile.batch.is_whole:
-                    self._changed.notify_all()
+            tile.batch.made += 1
+            if tile.batch.is_whole:
+                self._changed.notify_all()
 
-    # --- the planner's side ---
+    # --- the plan, gone through by the threads in turn ---
 
-    def plan(self, jobs: Iterable[TileJob]) -> None:
+    def _planned(self, jobs: Iterator[TileJob]) -> Generator[_Task, None, None]:
+        """Tiles in order, with the cells that are to be decoded for them; waits for room, and for jobs."""
         try:
             for job in jobs:
                 try:
                     source = _Source(job)
-                    needed = source.cells.uses(job.first) if source.cells.shared else None
+                    left = source.cells.uses(job.first) if source.cells.shared else None
                 except Exception as error:  # noqa: BLE001 - kept, and raised by whoever asked for the job
                     job.error = error
                 else:
-                    job.cells_needed = len(job.grid) - job.first if needed is None else int(np.count_nonzero(needed))
-                    self._plan_tiles(source, needed)
-                if not self._end(job):
+                    job.cells_needed = len(job.grid) - job.first if left is None else int(np.count_nonzero(left))
+                    yield from self._planned_tiles(source, left)
+                self._end(job)
+                if self._is_stopped:
                     return
-        except BaseException as error:  # noqa: BLE001 - raised by `take`
-            self._fail(error)
-        with self._changed:
-            self._is_over = True
-            if self._batches:
-                self._batches[-1].is_planned = True
-            self._changed.notify_all()
+        finally:
+            close = getattr(jobs, "close", None)
+            if close is not None:
+                close()
+            with self._changed:
+                self._is_over = True
+                if self._batches:
+                    self._batches[-1].is_planned = True
+                self._changed.notify_all()
 
-    def _plan_tiles(self, source: _Source, left: NDArray[np.int32] | None) -> None:
-        """Name the cells of each tile; ``left`` says how many tiles have yet to touch each, and is counted down."""
+    def _planned_tiles(self, source: _Source, left: NDArray[np.int32] | None) -> Iterator[_Task]:
+        """``left`` says how many tiles have yet to touch each cell, and is counted down."""
         job, size = source.job, source.cells.size
         kept: dict[tuple[int, int], _Cell] = {}
         most = max(_KEPT_CELLS, _KEPT_BYTES // source.cell_bytes)
@@ -416,22 +436,22 @@ class _Pool:
                     is_last = left[at] == 0
                 if is_last:
                     kept.pop(corner, None)
-                    if new and cell is new[-1]:  # new, and for this tile alone
+                    if new and cell is new[-1]:  # for this tile alone
                         cell.place = source.place(tile, corner)
                 tile.cells.append(cell)
             while len(kept) > most:
                 _drop_one(kept, corners)
-            self._add(tile, new)
+            yield _Task(tile, new, self._enter(tile))
 
     def _room(self, source: _Source) -> _Batch | None:
         """A batch with a free row, once one is allowed; None when the consumer has gone."""
         with self._changed:
             batch = self._batches[-1] if self._batches else None
-            if batch is not None and not batch.is_planned:
-                return batch
-            while len(self._batches) >= self._ahead and not self._is_closed:
+            if self._is_stopped or (batch is not None and not batch.is_planned):
+                return None if self._is_stopped else batch
+            while len(self._batches) >= self._ahead and not self._is_stopped:
                 self._changed.wait()
-            if self._is_closed:
+            if self._is_stopped:
                 return None
         px = source.job.grid.tile_px
         pixels = self._free.pop() if self._free else self._allocate((self._batch_size, px, px, 3))
@@ -440,29 +460,25 @@ class _Pool:
             self._batches.append(batch)
         return batch
 
-    def _add(self, tile: _Tile, new: list[_Cell]) -> None:
+    def _enter(self, tile: _Tile) -> bool:
+        """Have a tile wait for its cells, and put it into its batch; whether it has them all already."""
         batch, job = tile.batch, tile.source.job
-        with self._changed:
+        with self._lock:
             for cell in tile.cells:
                 if cell.waiting is not None:
                     cell.waiting.append(tile)
                     tile.missing += 1
-            is_ready = not tile.missing
             last = batch.spans[-1] if batch.spans else None
             if last is not None and last.job is job:
                 batch.spans[-1] = TileSpan(job, last.first, last.start, tile.row + 1)
             else:
                 batch.spans.append(TileSpan(job, tile.index, tile.row, tile.row + 1))
             batch.planned += 1
-            if batch.planned == self._batch_size:
-                batch.is_planned = True
-        if new:  # together: a thread that is through with one cell goes on without asking for the lock
-            self._tasks.put(new)
-        elif is_ready:
-            self._tasks.put(tile)
+            batch.is_planned = batch.planned == self._batch_size
+            return not tile.missing
 
-    def _end(self, job: TileJob) -> bool:
-        """Note that a job has no more tiles; False when the consumer has gone."""
+    def _end(self, job: TileJob) -> None:
+        """Note that a job has no more tiles."""
         with self._changed:
             if self._batches:
                 self._batches[-1].ended.append(job)
@@ -470,12 +486,6 @@ class _Pool:
                 nothing = np.empty((0, 0, 0, 3), np.uint8)
                 self._batches.append(_Batch(nothing, np.empty(0, np.bool_), ended=[job], is_planned=True))
                 self._changed.notify_all()
-            return not self._is_closed
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
 
 
 def _drop_one(kept: dict[tuple[int, int], _Cell], but: list[tuple[int, int]]) -> None:

@@ -28,6 +28,7 @@ _PHOTOMETRIC = {  # what may stand in the tag
     **dict.fromkeys((UNCOMPRESSED, LZW, ADOBE_DEFLATE, DEFLATE, ZSTD), (_RGB,)),
 }
 _ROWS = 32
+_JPEG_START = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
 _RESTARTS = b"\xff\xdd"  # the marker that defines their interval; within the data of pixels it cannot stand
 _REDUCED = 1  # bit of NewSubfileType
@@ -62,7 +63,9 @@ class Coding:
             if out is None:
                 out = tile_memory(width, height)
             space = "RGB" if self.photometric == _RGB else "YCBCR"
-            tile: Pixels = imagecodecs.jpeg8_decode(data, tables=tables, colorspace=space, outcolorspace="RGB", out=out)
+            if tables is not None:  # put in front, as libjpeg takes longer to read them apart
+                data = tables.removesuffix(_JPEG_END) + data.removeprefix(_JPEG_START)
+            tile: Pixels = imagecodecs.jpeg8_decode(data, colorspace=space, outcolorspace="RGB", out=out)
         elif self.compression in (JPEG2000_YCBCR, JPEG2000_RGB):
             tile = imagecodecs.jpeg2k_decode(data, numthreads=1, out=out)
         else:
