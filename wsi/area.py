@@ -21,5 +21,5 @@ def area_resize(pixels: Pixels, size: tuple[int, int], out: Pixels | None = None
         out[...] = pixels
         return out
     grows = size[0] > w or size[1] > h
-    resized = cv2.resize(pixels, size, dst=out, interpolation=cv2.INTER_CUBIC if grows else cv2.INTER_AREA)
-    return np.asarray(resized, np.uint8)
+    resized: Pixels = cv2.resize(pixels, size, dst=out, interpolation=cv2.INTER_CUBIC if grows else cv2.INTER_AREA)
+    return resized

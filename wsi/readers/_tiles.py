@@ -64,7 +64,7 @@ class Coding:
                 out = tile_memory(width, height)
             space = "RGB" if self.photometric == _RGB else "YCBCR"
             if tables is not None:  # put in front, as libjpeg takes longer to read them apart
-                data = tables.removesuffix(_JPEG_END) + data.removeprefix(_JPEG_START)
+                data = b"".join((tables.removesuffix(_JPEG_END), memoryview(data)[len(_JPEG_START) :]))
             tile: Pixels = imagecodecs.jpeg8_decode(data, colorspace=space, outcolorspace="RGB", out=out)
         elif self.compression in (JPEG2000_YCBCR, JPEG2000_RGB):
             tile = imagecodecs.jpeg2k_decode(data, numthreads=1, out=out)
@@ -112,7 +112,7 @@ def may_lack_data(jpeg_tile: Pixels, data: bytes, tables: bytes | None) -> bool:
     which imagecodecs does not pass on.
     """
     if _RESTARTS not in data and (tables is None or _RESTARTS not in tables):
-        return bool((jpeg_tile[-7:-1, -7:-1] == 128).all())
+        return bool(jpeg_tile[-4, -4, 0] == 128) and bool((jpeg_tile[-7:-1, -7:-1] == 128).all())
     inner = jpeg_tile[4::8, 4::8]  # a pixel of each block
     grey = (inner == 128).all(axis=2)
     return any((jpeg_tile[8 * y + 1 : 8 * y + 7, 8 * x + 1 : 8 * x + 7] == 128).all() for y, x in np.argwhere(grey))

@@ -91,6 +91,9 @@ class PerProcess(Generic[Handle]):
 
     def get(self, opener: Callable[[], Handle]) -> Handle:
         """The handle of this process, made by ``opener()`` if there is none."""
+        handle = self._handle
+        if handle is not None and self._owner == os.getpid():
+            return handle
         with self._lock():
             if self._handle is None or self._owner != os.getpid():
                 self._handle, self._owner = opener(), os.getpid()
