@@ -38,9 +38,7 @@ class Batch:
     xy: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
-            self.features.to(device), self.mask.to(device), None if self.xy is None else self.xy.to(device)
-        )
+        return Batch(self.features.to(device), self.mask.to(device), None if self.xy is None else self.xy.to(device))
 
 
 def collate(bags: Sequence[Bag]) -> Batch:

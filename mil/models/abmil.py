@@ -16,7 +16,14 @@ class ABMIL(MILModel):
     """Gated attention over embedded tiles."""
 
     def __init__(
-        self, dim: int, n_classes: int, *, width: int = 256, hidden: int = 128, dropout: float = 0.25, gated: bool = True
+        self,
+        dim: int,
+        n_classes: int,
+        *,
+        width: int = 256,
+        hidden: int = 128,
+        dropout: float = 0.25,
+        gated: bool = True,
     ) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Dropout(dropout))
