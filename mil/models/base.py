@@ -1,29 +1,253 @@
-"""MILModel, MILOutput: what every slide model takes and returns."""
+"""MILModel: what every multiple-instance model is, and MILOutput, the one thing that it returns."""
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mil.bag import Batch
+from wsi.errors import ModelMismatchError, UsageError
 
-__all__ = ["MILModel", "MILOutput"]
+__all__ = [
+    "MILModel",
+    "MILOutput",
+    "PublishedState",
+    "State",
+    "class_targets",
+    "each_bag",
+    "in_chunks",
+    "join",
+    "load_published",
+    "masked_softmax",
+    "no_parts",
+    "pool",
+]
+
+State = Mapping[str, Tensor] | Mapping[str, NDArray[Any]]
+AnyModel = TypeVar("AnyModel", bound="MILModel")
+
+_CHUNK_TILES = 4096  # tiles whose hidden activations are held at once when no gradient is wanted
 
 
 class MILOutput(NamedTuple):
-    """Logits (B, C); attention (B, K, N) normalised; scores (B, K, N) raw; embedding (B, E)."""
+    """What a model says of a batch of B bags of up to N tiles, C classes; all float32.
+
+    Attributes:
+        logits: (B, C), before softmax or sigmoid.
+        attention: (B, K, N), ``softmax(scores)`` over the tiles: sums to one, 0 at padding. K is C for a model with
+            ``attention_per_class``, 1 otherwise; heads are averaged.
+        scores: (B, K, N), the attention before it is normalised; −inf at padding and where the method gives no weight.
+            A method that normalises in several steps (heads, pseudo-bags) has log attention here.
+        embedding: (B, E), the slide's vector: what the classifier sees; rows of several branches one after the other.
+        part_logits: (B, M, C), logits of the parts which the method also classifies: tiles (DSMIL, additive MIL; M = N,
+            0 at padding) or pseudo-bags (DTFD). M = 0 for all other methods.
+    """
 
     logits: Tensor
     attention: Tensor
     scores: Tensor
     embedding: Tensor
+    part_logits: Tensor
 
 
-class MILModel(nn.Module):
-    """Bags in, slide answers out."""
+class MILModel(nn.Module, ABC):
+    """A bag of vectors in, slide logits out.
 
+    The constructor of every model is ``(dim, n_classes, *, hyper-parameters with the paper's defaults)``.
+
+    Attributes:
+        order_matters: whether the order of the tiles is information: it is made into a grid, or drawn lots by.
+        attention_per_class: whether attention has one row a class, or one row in all.
+        quadratic: whether time (never memory at inference) grows with the square of the number of tiles.
+        bag_weight: weight of the loss on ``logits`` beside ``auxiliary_loss``, which has its own weight in it.
+    """
+
+    order_matters: ClassVar[bool] = False
+    attention_per_class: ClassVar[bool] = False
+    quadratic: ClassVar[bool] = False
+    bag_weight: float = 1.0
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        if dim < 1 or n_classes < 1:
+            raise UsageError(f"a model needs a feature width and classes, not dim={dim}, n_classes={n_classes}")
+        self.dim = dim
+        self.n_classes = n_classes
+
+    @abstractmethod
     def forward(self, batch: Batch) -> MILOutput:
-        raise NotImplementedError
+        """Logits, attention and embedding of every bag; what a bag gets does not depend on the bags beside it."""
 
     def auxiliary_loss(self, batch: Batch, output: MILOutput, targets: Tensor) -> Tensor:
-        """A loss beside that of the slide's label; none by default."""
+        """What the method adds to the loss on ``logits``, weighted as in the paper: a scalar, 0 for most methods.
+
+        ``targets`` are class indices (B,), int64. The total is ``bag_weight * loss(logits) + auxiliary_loss``.
+        """
         return output.logits.new_zeros(())
+
+    @classmethod
+    @abstractmethod
+    def from_published(cls, state: State, **hyper: Any) -> Self:
+        """A model in eval mode with the authors' weights, in the authors' layout.
+
+        ``state`` is the authors' ``state_dict`` (tensors or arrays). Sizes are deduced from it; ``hyper`` says what it
+        cannot tell (heads, activation). A prefix ``model.`` or ``module.`` on all keys is taken off.
+
+        Raises:
+            ModelMismatchError: keys are missing or unexpected, or a shape does not fit; one line names them.
+        """
+
+
+class PublishedState(dict[str, Tensor]):
+    """A published state dict as float32 tensors by name; asking for what it lacks is a ModelMismatchError."""
+
+    def __init__(self, state: State) -> None:
+        for prefix in ("model.", "module."):
+            if state and all(key.startswith(prefix) for key in state):
+                state = {key.removeprefix(prefix): value for key, value in state.items()}  # type: ignore[assignment]
+        super().__init__({key: _float(value) for key, value in state.items()})
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ModelMismatchError(f"the published weights lack {key!r}; they hold {_some(self) or 'nothing'}")
+
+    def has(self, prefix: str) -> bool:
+        """Whether any key starts with ``prefix``."""
+        return any(key.startswith(prefix) for key in self)
+
+    def count(self, pattern: str) -> int:
+        """How many of ``pattern.format(0)``, ``pattern.format(1)``, … begin a key."""
+        number = 0
+        while self.has(pattern.format(number)):
+            number += 1
+        return number
+
+
+def load_published(
+    model: AnyModel, state: PublishedState, names: Mapping[str, str], unused: tuple[str, ...] = ()
+) -> AnyModel:
+    """Fill ``model`` from ``state`` and put it in eval mode.
+
+    Args:
+        names: the beginning of our name of a tensor → of the authors'; the longest that fits counts.
+        unused: beginnings of keys that the authors' forward pass never reads.
+
+    Raises:
+        ModelMismatchError: keys are missing or unexpected, or a shape does not fit.
+    """
+    ours = model.state_dict()
+    theirs: dict[str, str] = {}
+    for key in ours:
+        begin = max((name for name in names if key == name or key.startswith(f"{name}.")), key=len, default=None)
+        theirs[key] = key if begin is None else names[begin] + key[len(begin) :]
+    missing = sorted(set(theirs.values()) - state.keys())
+    unexpected = sorted(key for key in state.keys() - set(theirs.values()) if not key.startswith(unused or ("\0",)))
+    if missing or unexpected:
+        wrong = [f"{what} {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+        raise ModelMismatchError(f"the published weights do not fit {type(model).__name__}: {'; '.join(wrong)}")
+    for key, tensor in ours.items():
+        found = state[theirs[key]]
+        if found.numel() != tensor.numel():
+            raise ModelMismatchError(
+                f"the published weights do not fit {type(model).__name__}: {theirs[key]} is {tuple(found.shape)}, "
+                f"not {tuple(tensor.shape)}"
+            )
+    model.load_state_dict({key: state[theirs[key]].reshape(tensor.shape) for key, tensor in ours.items()})
+    return model.eval()
+
+
+def in_chunks(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function`` of inputs (B, N, …) in float32, where it takes each tile by itself.
+
+    Without gradients it is applied to a few thousand tiles at a time, so that neither a float32 copy of a bag in half
+    precision nor wide hidden activations are ever held for all tiles.
+    """
+    n_tiles = inputs[0].shape[1]
+    if torch.is_grad_enabled() or n_tiles <= _CHUNK_TILES:
+        return function(*(x.float() for x in inputs))
+    result = None
+    for start in range(0, n_tiles, _CHUNK_TILES):
+        piece = function(*(x[:, start : start + _CHUNK_TILES].float() for x in inputs))  # (B, n, …)
+        if result is None:
+            result = piece.new_empty((len(piece), n_tiles, *piece.shape[2:]))
+        result[:, start : start + _CHUNK_TILES] = piece
+    assert result is not None
+    return result
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (B, K, N) with −inf where ``mask`` (B, N) is False, and their softmax over the tiles, both float32."""
+    scores = scores.float().masked_fill(~mask[:, None], -torch.inf)
+    return scores, scores.softmax(-1)
+
+
+def pool(attention: Tensor, x: Tensor) -> Tensor:
+    """Attention-weighted sums of the tiles: (B, K, N), (B, N, D) → (B, K, D); x may be half precision."""
+    if x.dtype == torch.float32:
+        return attention @ x
+    return sum(  # type: ignore[return-value]
+        (a @ part.float() for a, part in zip(attention.split(_CHUNK_TILES, -1), x.split(_CHUNK_TILES, 1), strict=True)),
+        start=attention.new_zeros(()),
+    )
+
+
+def each_bag(batch: Batch) -> Iterator[Batch]:
+    """The bags of a batch one by one, without their padding."""
+    for index in range(len(batch)):
+        mask = batch.mask[index]
+        if bool(mask.all()):
+            keep: slice | Tensor = slice(None)
+        else:
+            length = int(mask.sum())
+            keep = slice(length) if bool(mask[:length].all()) else mask
+        xy = None if batch.xy is None else batch.xy[index, keep][None]
+        yield Batch(batch.features[index, keep][None], mask[keep][None], xy)
+
+
+def join(outputs: Iterable[MILOutput], batch: Batch) -> MILOutput:
+    """Outputs of ``each_bag(batch)`` as one, with the padding back in its places."""
+    alone = list(outputs)
+    if len(alone) == 1 and alone[0].scores.shape[-1] == batch.mask.shape[1]:
+        return alone[0]
+    first = alone[0]
+    shape = (len(alone), first.scores.shape[1], batch.mask.shape[1])
+    places = batch.mask[:, None].expand(shape)
+    scores = first.scores.new_full(shape, -torch.inf).masked_scatter(places, torch.cat([o.scores.flatten() for o in alone]))
+    attention = first.attention.new_zeros(shape).masked_scatter(places, torch.cat([o.attention.flatten() for o in alone]))
+    return MILOutput(
+        logits=torch.cat([o.logits for o in alone]),
+        attention=attention,
+        scores=scores,
+        embedding=torch.cat([o.embedding for o in alone]),
+        part_logits=torch.cat([o.part_logits for o in alone]),
+    )
+
+
+def no_parts(logits: Tensor) -> Tensor:
+    """``part_logits`` of a method that classifies nothing but bags: (B, 0, C)."""
+    return logits.new_zeros((len(logits), 0, logits.shape[1]))
+
+
+def class_targets(targets: Tensor, n_classes: int, why: str) -> Tensor:
+    """Class indices (B,) checked, for a loss that cannot do with anything else.
+
+    Raises:
+        UsageError: targets are not class indices below ``n_classes``.
+    """
+    if targets.ndim != 1 or targets.is_floating_point():
+        raise UsageError(f"{why} needs class indices (B,), not {targets.dtype} {tuple(targets.shape)}")
+    if bool(((targets < 0) | (targets >= n_classes)).any()):
+        raise UsageError(f"{why} needs classes 0 to {n_classes - 1}, not {sorted(set(targets.tolist()))}")
+    return targets
+
+
+def _float(value: Any) -> Tensor:
+    tensor = torch.as_tensor(value)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _some(keys: Iterable[str]) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
