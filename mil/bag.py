@@ -60,14 +60,18 @@ class Bag:
         if self.features.ndim != 2:
             raise UsageError(f"{name}: features are (tiles, dim), not {shape}")
         if 0 in shape:
-            raise UsageError(f"{name}: has no tiles ({shape[0]} × {shape[1]}); leave the slide out or lower the tissue threshold")
+            raise UsageError(
+                f"{name}: has no tiles ({shape[0]} × {shape[1]}); leave the slide out or lower the tissue threshold"
+            )
         if self.features.dtype not in (torch.float16, torch.float32):
             raise UsageError(f"{name}: features are float16 or float32, not {self.features.dtype}")
         for start in range(0, len(self), _ROWS_AT_ONCE):
             finite = torch.isfinite(self.features[start : start + _ROWS_AT_ONCE]).all(1)
             if not finite.all():
                 tile = start + int(finite.logical_not().nonzero()[0])
-                raise UsageError(f"{name}: the features of tile {tile} are not finite; read good tiles only (good_only=True)")
+                raise UsageError(
+                    f"{name}: the features of tile {tile} are not finite; read good tiles only (good_only=True)"
+                )
         if self.xy is not None and (tuple(self.xy.shape) != (len(self), 2) or self.xy.dtype != torch.int64):
             raise UsageError(f"{name}: xy is ({len(self)}, 2) int64, not {tuple(self.xy.shape)} {self.xy.dtype}")
 

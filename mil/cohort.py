@@ -17,7 +17,16 @@ from features.interop import feature_files, read_facts
 from features.keys import readable_part, slide_key
 from features.store import FeatureStore
 from mil.bag import Bag
-from mil.sources import ArraySource, BagSource, CachedSource, FolderSource, StoreSource, has_features, pool_bags
+from mil.sources import (
+    ArraySource,
+    BagSource,
+    CachedSource,
+    FolderSource,
+    StoreSource,
+    checked_bag,
+    has_features,
+    pool_bags,
+)
 from mil.target import Labels, Target, infer_target, is_missing, parse_event, parse_value
 from wsi.discover import SLIDE_SUFFIXES
 from wsi.errors import CohortError, NotExtractedError, SlideNotFoundError, UsageError
@@ -194,13 +203,14 @@ class Cohort:
         n = len(bags)
         if len(targets) != n or (groups is not None and len(groups) != n):
             raise UsageError(f"{n} bags need as many targets and groups, got {len(targets)}")
-        keys = [bag.key if isinstance(bag, Bag) and bag.key else f"bag-{i:05d}" for i, bag in enumerate(bags)]
-        if len(set(keys)) != n:
-            raise UsageError("two bags have one key")
-        made = {
-            key: replace(bag, key=key) if isinstance(bag, Bag) else Bag(np.asarray(bag), None, key)
-            for key, bag in zip(keys, bags, strict=True)
-        }
+        made: dict[str, Bag] = {}
+        for i, bag in enumerate(bags):
+            key = bag.key if isinstance(bag, Bag) and bag.key else f"bag-{i:05d}"
+            if key in made:
+                raise UsageError(f"two bags are called {key!r}; give each a key of its own")
+            known = isinstance(bag, Bag)
+            made[key] = replace(bag, key=key) if known else checked_bag(np.asarray(bag), None, key, where=key)
+        keys = list(made)
         values = np.asarray(targets)
         survival = values.ndim == 2
         labels = labels or Labels(

@@ -41,9 +41,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, *, class_weights: Tens
     return F.binary_cross_entropy_with_logits(logits, _one_hot(targets, logits), weight=class_weights)
 
 
-def focal_loss(
-    logits: Tensor, targets: Tensor, *, gamma: float = 2.0, class_weights: Tensor | None = None
-) -> Tensor:
+def focal_loss(logits: Tensor, targets: Tensor, *, gamma: float = 2.0, class_weights: Tensor | None = None) -> Tensor:
     """Cross-entropy times (1 − p)^γ, p the probability of the true class: logits (B, C), classes (B,).
 
     Lin, Goyal, Girshick, He, Dollár: Focal loss for dense object detection, ICCV 2017, equation 5 (α is
@@ -66,7 +64,9 @@ def ordinal_loss(logits: Tensor, targets: Tensor) -> Tensor:
         UsageError: a grade that G − 1 thresholds cannot tell.
     """
     if bool(((targets < 0) | (targets > logits.shape[1])).any()):
-        raise UsageError(f"{logits.shape[1]} thresholds tell grades 0 to {logits.shape[1]}, not {sorted(set(targets.tolist()))}")
+        raise UsageError(
+            f"{logits.shape[1]} thresholds tell grades 0 to {logits.shape[1]}, not {sorted(set(targets.tolist()))}"
+        )
     above = targets[:, None] > torch.arange(logits.shape[1], device=targets.device)  # (B, G − 1)
     return F.binary_cross_entropy_with_logits(logits.float(), above.float())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from features.interop import FeatureFile, read_facts, read_features
@@ -15,7 +16,17 @@ from wsi.errors import BadFeaturesError, NotExtractedError, UsageError
 from wsi.geojson import Frame
 from wsi.grid import TileGrid
 
-__all__ = ["ArraySource", "BagSource", "CachedSource", "FolderSource", "Place", "StoreSource", "join_bags", "pool_bags"]
+__all__ = [
+    "ArraySource",
+    "BagSource",
+    "CachedSource",
+    "FolderSource",
+    "Place",
+    "StoreSource",
+    "checked_bag",
+    "join_bags",
+    "pool_bags",
+]
 
 
 class Place(NamedTuple):
@@ -52,7 +63,7 @@ class ArraySource:
     def __init__(self, bags: Mapping[str, Bag], places: Mapping[str, Place] | None = None) -> None:
         self._bags = dict(bags)
         self._places = dict(places or {})
-        widths = {bag.features.shape[1] for bag in self._bags.values()}
+        widths = {bag.dim for bag in self._bags.values()}
         if len(widths) != 1:
             raise UsageError(f"all bags need vectors of one length, got {sorted(widths)}")
         (self._dim,) = widths
@@ -66,7 +77,7 @@ class ArraySource:
         return int(self._dim)
 
     def read(self, slide: str) -> Bag:
-        return checked(self._bags[slide], slide)
+        return self._bags[slide]
 
     def place(self, slide: str) -> Place:
         try:
@@ -128,9 +139,7 @@ class StoreSource:
     def read(self, slide: str) -> Bag:
         found, rows = self.slide(slide), self._rows(slide)
         vectors = [found.features(name).numpy()[rows] for name in self.encoders]
-        dtype = np.result_type(*vectors)
-        bag = Bag(np.concatenate([v.astype(dtype, copy=False) for v in vectors], axis=1), found.grid.xy[rows], slide)
-        return checked(bag, f"{found.path}")
+        return checked_bag(_side_by_side(vectors), found.grid.xy[rows], slide, where=str(found.path))
 
     def place(self, slide: str) -> Place:
         return Place(self.slide(slide).grid, self._rows(slide), stored_frame(self.slide(slide)))
@@ -173,7 +182,7 @@ class FolderSource:
                     f"{path}: {loaded.dim} features of {loaded.encoder or 'an unnamed encoder'}, where {first.path} has "
                     f"{first.dim} of {first.encoder or 'an unnamed encoder'}; keep each encoder in a folder of its own"
                 )
-            bags.append(checked(Bag(loaded.features, loaded.xy, slide), str(path)))
+            bags.append(checked_bag(loaded.features, loaded.xy, slide, where=str(path)))
         return bags[0] if len(bags) == 1 else join_bags(bags)
 
     def place(self, slide: str) -> Place:
@@ -224,21 +233,22 @@ class CachedSource:
         return self.source.place(slide)
 
 
-def checked(bag: Bag, where: str) -> Bag:
-    """The bag, if it can be learned from.
+def checked_bag(features: NDArray[Any] | None, xy: NDArray[np.int64] | None, key: str, *, where: str) -> Bag:
+    """A bag of vectors that can be learned from; ``where`` is the file they came from.
 
     Raises:
-        BadFeaturesError: it has no tiles, or vectors that are not finite.
+        BadFeaturesError: there are no tiles, or vectors that are not finite.
     """
-    if len(bag.features) == 0:
+    if features is None or len(features) == 0:
         raise BadFeaturesError(f"{where}: no tiles; take the slide out of the table of labels")
-    bad = ~np.isfinite(bag.features).all(axis=1)
+    features = features if features.dtype in (np.float16, np.float32) else features.astype(np.float32)
+    bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
         raise BadFeaturesError(
             f"{where}: {int(bad.sum())} of {len(bad)} vectors are not finite (the first is row {int(bad.argmax())}); "
             f"extract the slide again, or take it out of the table of labels"
         )
-    return bag
+    return Bag(features, xy, key)
 
 
 def join_bags(bags: Sequence[Bag]) -> Bag:
@@ -251,22 +261,25 @@ def join_bags(bags: Sequence[Bag]) -> Bag:
     for bag in bags:
         if bag.xy is None:
             raise BadFeaturesError(f"{bag.key}: features without places cannot be joined with another encoder's")
-        at = {(int(x), int(y)): i for i, (x, y) in enumerate(bag.xy)}
+        at = {(x, y): i for i, (x, y) in enumerate(bag.xy.tolist())}
         if len(at) != len(bag.xy):
             raise BadFeaturesError(f"{bag.key}: two tiles lie at one place; encoders cannot be joined")
         rows.append(at)
     common = [place for place in rows[0] if all(place in at for at in rows[1:])]
     if not common:
         raise BadFeaturesError(f"{bags[0].key}: the encoders have no tile in common; extract them with one tiling")
-    picked = [bag.features[[at[place] for place in common]] for bag, at in zip(bags, rows, strict=True)]
-    dtype = np.result_type(*picked)
-    features = np.concatenate([part.astype(dtype, copy=False) for part in picked], axis=1)
-    return Bag(features, np.array(common, np.int64), bags[0].key)
+    picked = [bag.features[[at[place] for place in common]].numpy() for bag, at in zip(bags, rows, strict=True)]
+    return Bag(_side_by_side(picked), np.array(common, np.int64), bags[0].key)
 
 
 def pool_bags(bags: Sequence[Bag], key: str) -> Bag:
     """Several slides of a patient as one bag, without places: they would mean different slides."""
-    return bags[0] if len(bags) == 1 else Bag(np.concatenate([bag.features for bag in bags]), None, key)
+    return bags[0] if len(bags) == 1 else Bag(torch.cat([bag.features for bag in bags]), None, key)
+
+
+def _side_by_side(vectors: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """(N, D1), (N, D2), … as (N, D1 + D2) in the widest of their dtypes."""
+    return np.concatenate([each.astype(np.result_type(*vectors), copy=False) for each in vectors], axis=1)
 
 
 def has_features(slide: SlideStore, encoder: str) -> bool:

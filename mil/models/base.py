@@ -214,8 +214,12 @@ def join(outputs: Iterable[MILOutput], batch: Batch) -> MILOutput:
     first = alone[0]
     shape = (len(alone), first.scores.shape[1], batch.mask.shape[1])
     places = batch.mask[:, None].expand(shape)
-    scores = first.scores.new_full(shape, -torch.inf).masked_scatter(places, torch.cat([o.scores.flatten() for o in alone]))
-    attention = first.attention.new_zeros(shape).masked_scatter(places, torch.cat([o.attention.flatten() for o in alone]))
+    scores = first.scores.new_full(shape, -torch.inf).masked_scatter(
+        places, torch.cat([o.scores.flatten() for o in alone])
+    )
+    attention = first.attention.new_zeros(shape).masked_scatter(
+        places, torch.cat([o.attention.flatten() for o in alone])
+    )
     return MILOutput(
         logits=torch.cat([o.logits for o in alone]),
         attention=attention,
