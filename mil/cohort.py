@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -208,8 +208,10 @@ class Cohort:
             key = bag.key if isinstance(bag, Bag) and bag.key else f"bag-{i:05d}"
             if key in made:
                 raise UsageError(f"two bags are called {key!r}; give each a key of its own")
-            known = isinstance(bag, Bag)
-            made[key] = replace(bag, key=key) if known else checked_bag(np.asarray(bag), None, key, where=key)
+            if isinstance(bag, Bag):
+                made[key] = bag if bag.key == key else Bag(bag.features, bag.xy, key)
+            else:
+                made[key] = checked_bag(np.asarray(bag), None, key, where=key)
         keys = list(made)
         values = np.asarray(targets)
         survival = values.ndim == 2

@@ -7,7 +7,7 @@ Sources: Sundararajan, Taly, Yan: Axiomatic Attribution for Deep Networks, ICML 
 Samek et al., Evaluating the Visualization of What a Deep Neural Network Has Learned, TNNLS 2017 (deletion).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -50,7 +50,11 @@ def heatmap(members: Sequence[Member], source: BagSource, slide: str, *, kind: s
     Args:
         kind: ``"attention"``, ``"importance"`` or ``"gradients"``.
     """
-    explain = {"attention": attention, "importance": importance, "gradients": integrated_gradients}
+    explain: dict[str, Callable[[Sequence[Member], Bag], NDArray[np.float32]]] = {
+        "attention": attention,
+        "importance": importance,
+        "gradients": integrated_gradients,
+    }
     if kind not in explain:
         raise UsageError(f"an explanation is one of {', '.join(get_args(Kind))}, not {kind!r}")
     place = source.place(slide)
@@ -102,8 +106,9 @@ def integrated_gradients(
 ) -> NDArray[np.float32]:
     """(N,) each tile's share of the difference between the answer and that to a bag of mean tiles.
 
-    The shares sum to the difference of the logits, up to the error of ``steps`` midpoints (the paper's completeness). The
-    baseline is the training tiles' mean, which is zero after scaling.
+    The shares sum to the difference of the class's logit, up to the error of ``steps`` midpoints (the paper's
+    completeness); of grades and survival, whose logits are steps of one scale, to that of their sum. The baseline is the
+    training tiles' mean, which is zero after scaling.
     """
     output = _output(members, bag) if output is None else output
     total = np.zeros(len(bag), np.float64)
@@ -112,12 +117,12 @@ def integrated_gradients(
         with torch.enable_grad():
             batch = member.scaling(collate([bag]).to(member.device))
             features = batch.features.detach()
-            column = min(output, member.objective.n_outputs - 1)
             gradient = torch.zeros_like(features)
             for step in range(steps):
                 x = (features * ((step + 0.5) / steps)).requires_grad_()
-                logit = member.model(Batch(x, batch.mask, batch.xy)).logits[0, column]
-                gradient += torch.autograd.grad(logit, x)[0] / steps
+                logits = member.model(Batch(x, batch.mask, batch.xy)).logits[0]  # (n_outputs,)
+                explained = logits[output] if _is_class(member) else logits.sum()
+                gradient += torch.autograd.grad(explained, x)[0] / steps
         total += (gradient * features).sum(-1)[0].double().cpu().numpy()
     return (total / len(members)).astype(np.float32)
 
@@ -244,7 +249,11 @@ def _output(members: Sequence[Member], bag: Bag) -> int:
     """The likeliest class; 0 where the answer is no class."""
     batch = collate([bag])
     mean = torch.stack([_answers(member, batch)[0] for member in members]).mean(0)
-    return int(mean.argmax()) if members[0].objective.loss in ("cross_entropy", "focal", "ordinal") else 0
+    return int(mean.argmax()) if len(mean) > 1 and members[0].objective.loss != "nll" else 0
+
+
+def _is_class(member: Member) -> bool:
+    return member.objective.loss in ("cross_entropy", "focal")
 
 
 def _score(members: Sequence[Member], batch: Batch, output: int) -> Tensor:

@@ -69,12 +69,16 @@ class Member(nn.Module):
     @torch.no_grad()
     def logits(self, bag: Bag) -> Tensor:
         """(n_outputs,) of one bag, all of its tiles, on the CPU."""
-        return self.eval()(collate([bag]).to(self.device)).logits[0].float().cpu()
+        return self._output(bag).logits[0].float().cpu()
 
     @torch.no_grad()
     def attention(self, bag: Bag) -> Tensor:
         """(K, N) attention over the tiles of one bag; each row sums to one."""
-        return self.eval()(collate([bag]).to(self.device)).attention[0].float().cpu()
+        return self._output(bag).attention[0].float().cpu()
+
+    def _output(self, bag: Bag) -> MILOutput:
+        output: MILOutput = self.eval()(collate([bag]).to(self.device))
+        return output
 
     def answer(self, logits: Tensor) -> Tensor:
         """(B, P) calibrated answers of (B, n_outputs) logits, float64."""

@@ -98,7 +98,9 @@ class Objective:
     @classmethod
     def from_json(cls, text: str) -> "Objective":
         values: dict[str, Any] = json.loads(text)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        for key in ("class_weights", "edges"):
+            values[key] = tuple(values[key])
+        return cls(**values)
 
 
 def fit_objective(target: Target, config: TrainConfig, y: NDArray[np.float64], event: NDArray[np.bool_]) -> Objective:

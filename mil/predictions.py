@@ -55,7 +55,7 @@ class Predictions:
         if self.target.kind == "binary":
             return self.answers[:, 1]
         if self.target.is_classes:
-            return self.answers @ np.arange(self.answers.shape[1])
+            return np.asarray(self.answers @ np.arange(self.answers.shape[1]))
         if self.target.kind == "survival" and self.answers.shape[1] > 1:
             return -self.answers.sum(axis=1)
         return self.answers[:, 0]

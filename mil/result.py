@@ -74,8 +74,9 @@ class Result:
         by_fold = self.metrics()
         first = PRIMARY[self.target.kind]
         pooled = self.intervals(draws=draws)
+        what = f"{self.target.name} ({self.target.kind})"
         lines = [
-            f"{self.target.name} ({self.target.kind}), {self.config.model}: {len(self.predictions)} cases, {len(self.folds)} folds",
+            f"{self.config.model} for {what}: {len(self.folds)} folds, {len(self.predictions)} cases",
             f"{'':18}{'mean ± sd of folds':>20}   pooled [95% over patients]",
         ]
         for name in sorted(pooled, key=lambda each: each != first):

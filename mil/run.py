@@ -34,6 +34,7 @@ from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.member import Member
 from mil.metrics import measure
+from mil.models import build_model
 from mil.predictions import Predictions
 from mil.result import Result
 from mil.splits import Fold, make_folds
@@ -67,6 +68,7 @@ def cross_validate(
         RunMismatchError: ``out`` holds a run of another cohort or configuration.
     """
     config = config or TrainConfig()
+    build_model(config.model, cohort.source.dim, 2, **config.hyper)  # a wrong name is said before any bag is read
     cases = cohort.cases(config.fusion)
     folds = make_folds(cases, cohort.target, by=config.split_by, folds=config.folds, seed=config.seed)
     run = None if out is None else RunFolder.create(Path(out), cohort, cases, folds, config)
@@ -222,7 +224,7 @@ def _changes(there: dict[str, Any], asked: dict[str, Any]) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             packages[name] = version(name)
@@ -303,8 +305,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _epoch(row: dict[str, str]) -> Epoch:
-    numbers = (float(row[key]) for key in ("lr", "loss", "stop_loss"))
-    return Epoch(int(row["member"]), int(row["epoch"]), *numbers, row["kept"] == "True")
+    lr, loss, stop_loss = (float(row[key]) for key in ("lr", "loss", "stop_loss"))
+    return Epoch(int(row["member"]), int(row["epoch"]), lr, loss, stop_loss, row["kept"] == "True")
 
 
 def _number(path: Path) -> int:

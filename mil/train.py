@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mil.bag import Bag, Batch, collate
 from mil.calibration import fit_temperature
@@ -143,9 +142,9 @@ def train_member(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, _cosine(config.warmup_epochs * steps, config.epochs * steps)
     )
-    average = AveragedModel(member, multi_avg_fn=get_ema_multi_avg_fn(config.average))
+    average = deepcopy(member).eval()
     autocast, scaler = _half_precision(config.precision, device)
-    best, since = math.inf, 0
+    best, since, step = math.inf, 0, 0
     for number in range(config.epochs):
         member.train()
         total, rate = 0.0, optimizer.param_groups[0]["lr"]
@@ -162,19 +161,22 @@ def train_member(
                 raise UsageError(
                     f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({config.lr:g})"
                 )
-            scaler.scale(loss / min(config.accumulate, passes - i // config.accumulate * config.accumulate)).backward()
+            in_step = min(config.accumulate, passes - i // config.accumulate * config.accumulate)
+            scaler.scale(loss / in_step).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach()) * len(y)
             if (i + 1) % config.accumulate == 0 or i + 1 == passes:
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
                 schedule.step()
-                average.update_parameters(member)
-        judged = _loss(average.module, examples, stop) if len(stop) else math.nan
+                step += 1
+                # The first steps count for less the more follow: a plain average would keep the random start for long.
+                _follow(average, member, min(config.average, step / (step + 10)))
+        judged = _loss(average, examples, stop) if len(stop) else math.nan
         kept = not judged >= best  # also where nobody judges
         if kept:
             best, since = judged if len(stop) else math.inf, 0
-            kept_state = deepcopy(average.module.state_dict())
+            kept_state = deepcopy(average.state_dict())
         else:
             since += 1
         yield Epoch(0, number + 1, rate, total / len(fit), judged, kept)
@@ -250,6 +252,15 @@ def _drawn(bag: Bag, config: TrainConfig, rng: np.random.Generator) -> Bag:
         return bag
     index = torch.from_numpy(keep)
     return Bag(bag.features[index], None if bag.xy is None else bag.xy[index], bag.key)
+
+
+@torch.no_grad()
+def _follow(average: Member, member: Member, decay: float) -> None:
+    """Move the average's weights towards the member's; whatever is no weight (running means) is taken over."""
+    for kept, live in zip(average.parameters(), member.parameters(), strict=True):
+        kept.lerp_(live, 1 - decay)
+    for stays, found in zip(average.buffers(), member.buffers(), strict=True):
+        stays.copy_(found)
 
 
 @torch.no_grad()
