@@ -15,19 +15,19 @@ from wsi.grid import TileGrid, Tiling
 
 DIM = 6
 QUICK = TrainConfig(
-    folds=3, members=1, inner=3, epochs=6, lr=1e-2, batch_size=8, tile_dropout=0.0, feature_dropout=0.0, average=0.5,
+    folds=3, members=1, inner=3, epochs=30, patience=30, lr=1e-2, batch_size=8, tile_dropout=0.0, feature_dropout=0.0, average=0.5,
     device="cpu", hyper={"embed_dim": 8, "attention_dim": 4, "dropout": 0.0},
 )  # fmt: skip
 
 
-def bag_of(label: float, rng: Any, n: int = 12, shift: float = 3.0) -> Any:
+def bag_of(label: float, rng: Any, n: int = 12, shift: float = 5.0) -> Any:
     """(n, DIM) noise; a quarter of the tiles lie ``shift`` further along the first feature where the label is 1."""
     x = rng.normal(size=(n, DIM)).astype(np.float32)
     x[: n // 4, 0] += shift * label
     return rng.permutation(x)
 
 
-def arrays(n: int = 36, seed: int = 0, shift: float = 3.0) -> Any:
+def arrays(n: int = 36, seed: int = 0, shift: float = 5.0) -> Any:
     """Bags, labels and patients; every third patient has two slides."""
     rng = np.random.default_rng(seed)
     patients = [i // 4 * 3 + min(i % 4, 2) for i in range(n)]
@@ -35,7 +35,7 @@ def arrays(n: int = 36, seed: int = 0, shift: float = 3.0) -> Any:
     return [bag_of(label, rng, shift=shift) for label in labels], labels, patients
 
 
-def cohort(n: int = 36, seed: int = 0, shift: float = 3.0) -> Cohort:
+def cohort(n: int = 36, seed: int = 0, shift: float = 5.0) -> Cohort:
     bags, labels, patients = arrays(n, seed, shift)
     return Cohort.from_arrays([Bag(x, None, f"s{i:03d}") for i, x in enumerate(bags)], labels, patients)
 
