@@ -447,11 +447,16 @@ def _column(table: Path, columns: list[str], wanted: str | None, usual: tuple[st
 
 
 def _encoders(store: FeatureStore, encoder: str | Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(encoder, str):
-        return (encoder,)
-    if encoder:
-        return tuple(encoder)
     there = sorted({name for slide in store for name in slide.encoders})
+    if encoder:
+        wanted = (encoder,) if isinstance(encoder, str) else tuple(encoder)
+        for name in wanted:
+            if not any(has_features(slide, name) for slide in store):
+                raise NotExtractedError(
+                    f"{store.root}: no slide has features of {name} (there are: {', '.join(there) or 'none yet'}); "
+                    f"run wsi extract with --encoder {name}"
+                )
+        return wanted
     if not there:
         raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
     if len(there) > 1:

@@ -46,6 +46,7 @@ class TrainConfig:
         scale: ``"standard"`` brings each feature to mean 0 and deviation 1 over the training tiles, ``"none"`` leaves it.
         calibrate: whether a temperature is fitted on the validation part (classes only).
         bins: intervals of discrete-time survival.
+        draws: of patients, for the intervals of the metrics.
         device, precision: where and how it is computed; ``"auto"`` is half precision on a GPU, float32 elsewhere.
         seed: of everything.
     """
@@ -73,6 +74,7 @@ class TrainConfig:
     scale: Literal["standard", "none"] = "standard"
     calibrate: bool = True
     bins: int = 4
+    draws: int = 500
     device: str = "auto"
     precision: Precision = "auto"
     seed: int = 0
@@ -87,7 +89,7 @@ class TrainConfig:
         _one_of("precision", self.precision, get_args(Precision))
         for name, least in (
             ("folds", 2), ("members", 1), ("inner", 1), ("epochs", 1), ("warmup_epochs", 0), ("patience", 1),
-            ("batch_size", 1), ("accumulate", 1), ("max_tiles", 1), ("bins", 2), ("seed", 0),
+            ("batch_size", 1), ("accumulate", 1), ("max_tiles", 1), ("bins", 2), ("draws", 1), ("seed", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

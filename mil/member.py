@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,14 @@ class Member(nn.Module):
 
         about = {
             "format": _FORMAT,
-            "version": str(_VERSION),
-            "facts": json.dumps(self.facts, sort_keys=True),
-            "objective": self.objective.to_json(),
-            "temperature": repr(self.temperature),
+            "version": _VERSION,
+            "facts": self.facts,
+            "objective": asdict(self.objective),
+            "temperature": self.temperature,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(path, save(tensors, about))
+        # One key: safetensors writes several in an order of its own, and equal models should be equal files.
+        write_atomically(path, save(tensors, {"wsi": json.dumps(about, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "Member":
@@ -109,12 +111,12 @@ class Member(nn.Module):
 
         try:
             with safe_open(path, "pt", device="cpu") as file:
-                about = file.metadata() or {}
+                about = json.loads((file.metadata() or {})["wsi"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            if (about.get("format"), about.get("version")) != (_FORMAT, str(_VERSION)):
+            if (about["format"], about["version"]) != (_FORMAT, _VERSION):
                 raise ModelMismatchError(f"{path}: not a model of this release, which reads {_FORMAT} {_VERSION}")
-            facts = json.loads(about["facts"])
-            member = cls(facts, Objective.from_json(about["objective"]), Scaling.identity(facts["dim"]))
+            facts = about["facts"]
+            member = cls(facts, Objective.from_facts(about["objective"]), Scaling.identity(facts["dim"]))
             member.temperature = float(about["temperature"])
             member.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:

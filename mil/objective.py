@@ -1,7 +1,7 @@
 """Objective: how a kind of target is learned, and how logits become answers. Fitted on the training part alone."""
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,15 +92,11 @@ class Objective:
     def _weights(self, logits: Tensor) -> Tensor | None:
         return torch.tensor(self.class_weights, device=logits.device) if self.class_weights else None
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
-    def from_json(cls, text: str) -> "Objective":
-        values: dict[str, Any] = json.loads(text)
-        for key in ("class_weights", "edges"):
-            values[key] = tuple(values[key])
-        return cls(**values)
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Objective":
+        """An objective from its fields as JSON keeps them."""
+        lists = {key: tuple(facts[key]) for key in ("class_weights", "edges")}
+        return cls(**{**facts, **lists})
 
 
 def fit_objective(target: Target, config: TrainConfig, y: NDArray[np.float64], event: NDArray[np.bool_]) -> Objective:

@@ -65,11 +65,11 @@ class Result:
         """Metrics of each fold."""
         return {each.fold.name: measure(each.predictions) for each in self.folds}
 
-    def intervals(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[str, Interval]:
+    def intervals(self, *, level: float = 0.95, draws: int | None = None, seed: int = 0) -> dict[str, Interval]:
         """Metrics of all folds' answers together, each with its bootstrap interval over patients."""
-        return intervals(self.predictions, level=level, draws=draws, seed=seed)
+        return intervals(self.predictions, level=level, draws=draws or self.config.draws, seed=seed)
 
-    def summary(self, *, draws: int = 1000) -> str:
+    def summary(self, *, draws: int | None = None) -> str:
         """A table for people: each metric as mean ± deviation over folds, and pooled with its 95% interval."""
         by_fold = self.metrics()
         first = PRIMARY[self.target.kind]

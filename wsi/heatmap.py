@@ -23,7 +23,7 @@ from wsi.slide import Overview
 __all__ = ["Heatmap"]
 
 _PICTURE_PX = 2048
-_MAX_RASTER_PX = 1 << 28
+_MAX_RASTER_PX = 1 << 26
 _OPACITY = 0.55
 _TOP_SHARE = 0.1  # of the tiles: what a saved GeoJSON outlines as a region
 
@@ -76,7 +76,7 @@ class Heatmap:
             downsample: level-0 pixels per raster pixel.
 
         Raises:
-            UsageError: the raster would be larger than 2^28 pixels.
+            UsageError: the raster would be larger than 2^26 pixels.
         """
         if not downsample > 0:
             raise ValueError(f"downsample must be positive, got {downsample}")

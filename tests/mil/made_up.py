@@ -15,8 +15,10 @@ from wsi.grid import TileGrid, Tiling
 
 DIM = 6
 QUICK = TrainConfig(
-    folds=3, members=1, inner=3, epochs=30, patience=30, lr=1e-2, batch_size=8, tile_dropout=0.0, feature_dropout=0.0, average=0.5,
-    device="cpu", hyper={"embed_dim": 8, "attention_dim": 4, "dropout": 0.0},
+    folds=3, members=1, inner=3, epochs=30, patience=30, lr=1e-2, weight_decay=0.05, batch_size=8, tile_dropout=0.0,
+    feature_dropout=0.0, average=0.5,
+    device="cpu", draws=20,
+    hyper={"embed_dim": 8, "attention_dim": 4, "dropout": 0.0},
 )  # fmt: skip
 
 
@@ -45,15 +47,18 @@ def grid_of(n: int) -> TileGrid:
     return TileGrid(xy=xy, tile_px=5, side=(10, 10), stride=(10, 10), mpp=(0.5, 0.5))
 
 
-def write_store(root: Path, slides: dict[str, Any], *, encoder: str = "made-up", status: Any = None, weights: str = "a") -> Any:
+def write_store(
+    root: Path, slides: dict[str, Any], *, encoder: str = "made-up", status: Any = None, weights: str = "a"
+) -> Any:
     """A feature store with these slides' vectors; ``slides`` maps relative paths to (N, DIM) arrays."""
     store = FeatureStore.create(root, Tiling())
     for path, x in slides.items():
         key = slide_key(path)
-        about = {
-            "slide": {"key": key, "relpath": path, "location": path, "size": [200, 160], "mpp": [0.25, 0.25], "bounds": [3, 5, 190, 150]},
+        about: dict[str, Any] = {
+            "slide": {"key": key, "relpath": path, "location": path, "size": [200, 160], "mpp": [0.25, 0.25]},
             "tissue": {"source": "made up"},
         }
+        about["slide"]["bounds"] = [3, 5, 190, 150]
         slide = store.find(key) or write_slide(store, key, grid_of(len(x)), about)
         identity = {"name": encoder, "dim": x.shape[1], "weights_sha256": weights}
         writer = FeatureWriter(store, slide, identity, {"precision": "fp32"}, dtype="float32")
@@ -69,6 +74,7 @@ def stored_cohort(folder: Path, n: int = 24, seed: int = 0) -> Any:
     write_store(folder / "OUT", {f"x/s{i:03d}.svs": x for i, x in enumerate(bags)})
     lines = ["slide,patient,site,subtype,months,died"]
     for i, (label, patient) in enumerate(zip(labels, patients, strict=True)):
-        lines.append(f"s{i:03d}.svs,p{patient},{'AB'[patient % 3 == 0]},{['luad', 'lusc'][label]},{10 + patient},{patient % 2}")
+        where, kind = "AB"[patient % 3 == 0], ["luad", "lusc"][label]
+        lines.append(f"s{i:03d}.svs,p{patient},{where},{kind},{10 + patient},{patient % 2}")
     (folder / "cohort.csv").write_text("\n".join(lines))
     return folder / "OUT", folder / "cohort.csv"

