@@ -1,5 +1,6 @@
 """Losses: what a slide's logits are judged by. Pure functions of logits and truth, float32, each a scalar."""
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -90,7 +91,7 @@ def smooth_top1_svm(logits: Tensor, targets: Tensor, *, alpha: float = 1.0, tau:
     if logits.shape[1] == 1:
         return hard.mean()
     top = logits.detach().topk(2, -1).values
-    smooth = top[:, 0] - top[:, 1] < tau * torch.log(torch.tensor(1000.0))  # (B,)
+    smooth = top[:, 0] - top[:, 1] < tau * math.log(1000)  # (B,)
     return torch.where(smooth, tau * (gaps / tau).logsumexp(-1), hard).mean()
 
 
@@ -104,7 +105,7 @@ def cox_loss(log_risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
     risk, time, event = log_risk.float().flatten(), time.flatten(), event.flatten().bool()
     order = time.argsort(descending=True)
     risk, time, event = risk[order], time[order], event[order]
-    _, group, sizes = time.unique_consecutive(return_inverse=True, return_counts=True)
+    _, group, sizes = torch.unique_consecutive(time, return_inverse=True, return_counts=True)
     last = sizes.cumsum(0)[group] - 1  # everybody of a tie is at risk until all of the tie are counted
     at_risk = risk.logcumsumexp(0)[last]  # (B,)
     return -((risk - at_risk) * event).sum() / event.sum().clamp(min=1)

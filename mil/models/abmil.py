@@ -112,7 +112,8 @@ class ABMIL(MILModel):
         """Layouts of MIL-Lab (FEATHER) and of AMLab's AttentionDeepMIL.
 
         AMLab's convolutional trunk for digits is left out: ``features`` are what it puts out (500 wide). Its classifier
-        has one logit, of the positive class.
+        has one logit, of the positive class. With ``n_classes`` a slide encoder of MIL-Lab gets a new classifier, for
+        fine-tuning, in place of what it has, if it has one.
         """
         found = PublishedState(state)
         if found.has("patch_embed."):
@@ -123,17 +124,19 @@ class ABMIL(MILModel):
         return load_published(model, found, names, unused=("feature_extractor_part",))
 
     @classmethod
-    def _from_millab(cls, found: PublishedState, **hyper: Any) -> Self:
+    def _from_millab(cls, found: PublishedState, n_classes: int | None = None, **hyper: Any) -> Self:
         names = cls._names_millab()
         model = cls(
             found["patch_embed.0.weight"].shape[1],
-            len(found["classifier.weight"]),
+            len(found["classifier.weight"]) if n_classes is None else n_classes,
             embed_dim=len(found["patch_embed.0.weight"]),
             attention_dim=len(found[f"{names['attention.content']}.weight"]),
             embed_layers=sum(key.startswith("patch_embed.") and key.endswith(".weight") for key in found),
             **hyper,
         )
-        return load_published(model, found, names)
+        if n_classes is None:
+            return load_published(model, found, names)
+        return load_published(model, found, names, unused=("classifier.",), new="classifier")
 
     @staticmethod
     def _names_millab() -> Mapping[str, str]:

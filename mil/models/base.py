@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ __all__ = [
     "pool",
 ]
 
-State = Mapping[str, Tensor] | Mapping[str, NDArray[Any]]
+State = Mapping[str, Tensor | NDArray[Any]]
 AnyModel = TypeVar("AnyModel", bound="MILModel")
 
 _CHUNK_TILES = 4096  # tiles whose hidden activations are held at once when no gradient is wanted
@@ -107,7 +108,7 @@ class PublishedState(dict[str, Tensor]):
     def __init__(self, state: State) -> None:
         for prefix in ("model.", "module."):
             if state and all(key.startswith(prefix) for key in state):
-                state = {key.removeprefix(prefix): value for key, value in state.items()}  # type: ignore[assignment]
+                state = {key.removeprefix(prefix): value for key, value in state.items()}
         super().__init__({key: _float(value) for key, value in state.items()})
 
     def __missing__(self, key: str) -> Tensor:
@@ -126,18 +127,23 @@ class PublishedState(dict[str, Tensor]):
 
 
 def load_published(
-    model: AnyModel, state: PublishedState, names: Mapping[str, str], unused: tuple[str, ...] = ()
+    model: AnyModel,
+    state: PublishedState,
+    names: Mapping[str, str],
+    unused: tuple[str, ...] = (),
+    new: str | None = None,
 ) -> AnyModel:
     """Fill ``model`` from ``state`` and put it in eval mode.
 
     Args:
         names: the beginning of our name of a tensor → of the authors'; the longest that fits counts.
         unused: beginnings of keys that the authors' forward pass never reads.
+        new: a module of ours that keeps the weights it has.
 
     Raises:
         ModelMismatchError: keys are missing or unexpected, or a shape does not fit.
     """
-    ours = model.state_dict()
+    ours = {key: tensor for key, tensor in model.state_dict().items() if new is None or not key.startswith(f"{new}.")}
     theirs: dict[str, str] = {}
     for key in ours:
         begin = max((name for name in names if key == name or key.startswith(f"{name}.")), key=len, default=None)
@@ -149,12 +155,14 @@ def load_published(
         raise ModelMismatchError(f"the published weights do not fit {type(model).__name__}: {'; '.join(wrong)}")
     for key, tensor in ours.items():
         found = state[theirs[key]]
-        if found.numel() != tensor.numel():
+        if found.shape != tensor.shape:
             raise ModelMismatchError(
                 f"the published weights do not fit {type(model).__name__}: {theirs[key]} is {tuple(found.shape)}, "
                 f"not {tuple(tensor.shape)}"
             )
-    model.load_state_dict({key: state[theirs[key]].reshape(tensor.shape) for key, tensor in ours.items()})
+    with torch.no_grad():
+        for key, tensor in ours.items():
+            tensor.copy_(state[theirs[key]])
     return model.eval()
 
 
@@ -187,10 +195,11 @@ def pool(attention: Tensor, x: Tensor) -> Tensor:
     """Attention-weighted sums of the tiles: (B, K, N), (B, N, D) → (B, K, D); x may be half precision."""
     if x.dtype == torch.float32:
         return attention @ x
-    return sum(  # type: ignore[return-value]
-        (a @ part.float() for a, part in zip(attention.split(_CHUNK_TILES, -1), x.split(_CHUNK_TILES, 1), strict=True)),
-        start=attention.new_zeros(()),
-    )
+    pooled = attention.new_zeros((*attention.shape[:2], x.shape[2]))
+    for start in range(0, x.shape[1], _CHUNK_TILES):
+        part = slice(start, start + _CHUNK_TILES)
+        pooled = pooled + attention[..., part] @ x[:, part].float()
+    return pooled
 
 
 def each_bag(batch: Batch) -> Iterator[Batch]:
@@ -248,7 +257,8 @@ def class_targets(targets: Tensor, n_classes: int, why: str) -> Tensor:
 
 
 def _float(value: Any) -> Tensor:
-    tensor = torch.as_tensor(value)
+    # A copy, as PyTorch warns of sharing a read-only array.
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
