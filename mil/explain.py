@@ -109,6 +109,9 @@ def integrated_gradients(
     The shares sum to the difference of the class's logit, up to the error of ``steps`` midpoints (the paper's
     completeness); of grades and survival, whose logits are steps of one scale, to that of their sum. The baseline is the
     training tiles' mean, which is zero after scaling.
+
+    Raises:
+        UsageError: the model cuts gradients between answer and tiles, as DTFD does.
     """
     output = _output(members, bag) if output is None else output
     total = np.zeros(len(bag), np.float64)
@@ -121,8 +124,14 @@ def integrated_gradients(
             for step in range(steps):
                 x = (features * ((step + 0.5) / steps)).requires_grad_()
                 logits = member.model(Batch(x, batch.mask, batch.xy)).logits[0]  # (n_outputs,)
-                explained = logits[output] if _is_class(member) else logits.sum()
-                gradient += torch.autograd.grad(explained, x)[0] / steps
+                explained = logits[output] if member.objective.is_classes else logits.sum()
+                (slope,) = torch.autograd.grad(explained, x, allow_unused=True)
+                if slope is None:
+                    model = member.facts["model"]
+                    raise UsageError(
+                        f"{model} passes no gradients from its answer to the tiles; ask for importance instead"
+                    )
+                gradient += slope / steps
         total += (gradient * features).sum(-1)[0].double().cpu().numpy()
     return (total / len(members)).astype(np.float32)
 
@@ -250,10 +259,6 @@ def _output(members: Sequence[Member], bag: Bag) -> int:
     batch = collate([bag])
     mean = torch.stack([_answers(member, batch)[0] for member in members]).mean(0)
     return int(mean.argmax()) if len(mean) > 1 and members[0].objective.loss != "nll" else 0
-
-
-def _is_class(member: Member) -> bool:
-    return member.objective.loss in ("cross_entropy", "focal")
 
 
 def _score(members: Sequence[Member], batch: Batch, output: int) -> Tensor:

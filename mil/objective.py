@@ -61,11 +61,10 @@ class Objective:
             case _:
                 return F.mse_loss(logits.float().squeeze(1), ((y - self.centre) / self.spread).float())
 
-    def targets(self, y: Tensor) -> Tensor:
-        """Labels as a model's auxiliary loss takes them: class indices, or intervals of time; zeros for values."""
-        if self.loss in ("cross_entropy", "focal", "ordinal"):
-            return y.long()
-        return self.bins(y) if self.loss == "nll" else torch.zeros_like(y, dtype=torch.long)
+    @property
+    def is_classes(self) -> bool:
+        """Whether logits are those of classes, so that a model's own, auxiliary loss makes sense."""
+        return self.loss in ("cross_entropy", "focal")
 
     def bins(self, time: Tensor) -> Tensor:
         """(B,) the interval a time lies in; one exactly at an edge belongs to the earlier."""

@@ -57,7 +57,7 @@ class Predictions:
         if self.target.is_classes:
             return np.asarray(self.answers @ np.arange(self.answers.shape[1]))
         if self.target.kind == "survival" and self.answers.shape[1] > 1:
-            return -self.answers.sum(axis=1)
+            return np.asarray(-self.answers.sum(axis=1))
         return self.answers[:, 0]
 
     @property

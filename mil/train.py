@@ -114,7 +114,7 @@ def train_fold(
                 curve.append(epoch._replace(member=index))
                 if observer is not None:
                     observer.epoch_done(fold, curve[-1])
-        if config.calibrate and len(stop) and objective.loss in ("cross_entropy", "focal"):
+        if config.calibrate and len(stop) and objective.is_classes:
             logits = torch.stack([member.logits(examples.bag(i)) for i in stop]).double().numpy()
             member.temperature = fit_temperature(logits, examples.labels(stop)[0].long().numpy())
         members.append(member.cpu())
@@ -154,9 +154,10 @@ def train_member(
             dropped = Batch(F.dropout(scaled.features, config.feature_dropout), scaled.mask, scaled.xy)
             with autocast:
                 output = member.model(dropped)
-                loss = member.model.bag_weight * objective(output.logits, y, event)
-                if objective.loss != "mse":
-                    loss = loss + member.model.auxiliary_loss(dropped, output, objective.targets(y))
+                loss = objective(output.logits, y, event)
+                if objective.is_classes:
+                    auxiliary = member.model.auxiliary_loss(dropped, output, y.long())
+                    loss = member.model.bag_weight * loss + auxiliary
             if not torch.isfinite(loss):
                 raise UsageError(
                     f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({config.lr:g})"

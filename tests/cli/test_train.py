@@ -60,7 +60,8 @@ def test_the_main_job(command: Any, tmp_path: Path, store: Any) -> None:
     contents = read_geojson(maps[0])
     assert contents.origin == (3, 5)
     assert sum(a.object_type == "tile" for a in contents.annotations) == 12
-    assert cv2.imread(str(maps[0].with_suffix(".png"))).shape == (160, 200, 3)
+    picture: Any = cv2.imread(str(maps[0].with_suffix(".png")))
+    assert picture.shape == (160, 200, 3)
     code, out, _ = command(
         "wsi", "predict", run, store[0], "--out", tmp_path / "q", "--patients", store[1], "--explain", "none"
     )

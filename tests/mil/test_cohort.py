@@ -205,7 +205,13 @@ def test_the_cache_keeps_within_its_budget(tmp_path: Path, monkeypatch: pytest.M
     reads: list[str] = []
     inner = made.source.source  # type: ignore[attr-defined]
     original = inner.read
-    monkeypatch.setattr(inner, "read", lambda slide: reads.append(slide) or original(slide))
+
+    def read(slide: str) -> Bag:
+        reads.append(slide)
+        bag: Bag = original(slide)
+        return bag
+
+    monkeypatch.setattr(inner, "read", read)
     for _ in range(3):
         for slide in made.slides:
             made.source.read(slide)

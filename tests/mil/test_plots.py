@@ -18,18 +18,21 @@ from wsi.errors import UsageError
 THREE = Target("t", "multiclass", ("a", "b", "c"))
 
 
+def legend(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
 def test_the_roc_of_a_perfect_and_of_a_reversed_model() -> None:
     y = [0, 0, 1, 1]
     for answers, label in (([0.1, 0.2, 0.8, 0.9], "AUROC 1.000"), ([0.9, 0.8, 0.2, 0.1], "AUROC 0.000")):
-        axes = plots.roc(predictions(y, np.array(answers))).axes[0]
-        assert label in axes.get_legend().get_texts()[0].get_text()
+        assert label in legend(plots.roc(predictions(y, np.array(answers))))[0]
 
 
 def test_every_class_has_a_curve_of_its_own_and_one_that_never_occurs_has_none() -> None:
     rng = np.random.default_rng(0)
     p = rng.dirichlet([1, 1, 1], 20)
-    assert len(plots.roc(predictions(np.arange(20) % 3, p, THREE)).axes[0].get_legend().get_texts()) == 3
-    assert len(plots.precision_recall(predictions(np.arange(20) % 2, p, THREE)).axes[0].get_legend().get_texts()) == 2
+    assert len(legend(plots.roc(predictions(np.arange(20) % 3, p, THREE)))) == 3
+    assert len(legend(plots.precision_recall(predictions(np.arange(20) % 2, p, THREE)))) == 2
 
 
 def test_the_confusion_counts_are_written_in_true_rows() -> None:
@@ -43,8 +46,9 @@ def test_survival_curves_part_at_the_median_risk() -> None:
     rng = np.random.default_rng(0)
     risk = rng.normal(size=60)
     time = np.exp(-2 * risk)
-    axes = plots.kaplan_meier(predictions(time, risk[:, None], Target("t", "survival"))).axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    figure = plots.kaplan_meier(predictions(time, risk[:, None], Target("t", "survival")))
+    axes = figure.axes[0]
+    assert legend(figure) == [
         "lower risk (n = 30)",
         "higher risk (n = 30)",
     ]

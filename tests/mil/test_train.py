@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mil import Result, cross_validate
+from mil import MODELS, Result, cross_validate, explain
 from mil.bag import Bag
 from mil.cohort import Cohort
 from mil.config import TrainConfig
@@ -199,6 +199,28 @@ def test_every_kind_of_target_is_learned(kind: Any, loss: Any, metric: Any, leas
         replace(QUICK, loss=loss, class_weights="balanced", inner=1, epochs=60),
     )
     assert np.mean([m[metric] for m in result.metrics().values()]) > least
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_repeats_reads_back_and_explains(tmp_path: Path, name: str) -> None:
+    config = replace(QUICK, folds=2, inner=2, epochs=1, model=name, hyper={}, lr=1e-4)
+    places = np.stack([np.arange(12) % 4, np.arange(12) // 4], axis=1).astype(np.int64) * 512
+    made = Cohort.from_arrays([Bag(x, places, f"b{i}") for i, x in enumerate(arrays(12)[0])], arrays(12)[1])
+    trained = first_fold(made, config)
+    assert np.isfinite(trained.predictions.answers).all()
+    if name == "abmil":
+        assert equal(trained, first_fold(made, config))
+    member = trained.members[0]
+    member.save(tmp_path / "m.safetensors")
+    read = Member.load(tmp_path / "m.safetensors")
+    bag = made.source.read("b1")
+    assert read.logits(bag).equal(member.logits(bag))
+    assert np.isfinite(explain.attention([member], bag)).all()
+    if name == "dtfd":
+        with pytest.raises(UsageError, match="dtfd passes no gradients"):
+            explain.integrated_gradients([member], bag)
+    else:
+        assert np.isfinite(explain.integrated_gradients([member], bag, steps=2)).all()
 
 
 def test_a_run_is_whole_on_disk_and_reads_back_equal(tmp_path: Path) -> None:

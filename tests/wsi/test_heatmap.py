@@ -73,7 +73,7 @@ def test_tiles_smaller_than_a_raster_pixel_are_not_lost() -> None:
 
 def test_a_raster_beyond_memory_is_refused_with_the_way_out() -> None:
     grid = heat([1.0]).grid
-    large = Heatmap(grid, np.ones(1), Frame("a", (200_000, 200_000), (0.25, 0.25)))
+    large = Heatmap(grid, np.ones(1, np.float32), Frame("a", (200_000, 200_000), (0.25, 0.25)))
     with pytest.raises(UsageError, match=r"take a downsample from 24\.4"):
         large.raster(1)
     assert large.raster(500).shape == (400, 400)
@@ -145,7 +145,7 @@ def test_a_picture_is_coloured_where_tiles_are_and_untouched_elsewhere(tmp_path:
     assert (drawn[:40, :120] != 200).any(axis=-1).all()
     low, high = drawn[10, 10].astype(int), drawn[30, 110].astype(int)
     assert high.sum() > low.sum() + 100  # dark to bright
-    saved = cv2.imread(str(made.save(tmp_path / "a.png", view=Overview(image, (2.0, 2.0)))))
+    saved: Any = cv2.imread(str(made.save(tmp_path / "a.png", view=Overview(image, (2.0, 2.0)))))
     np.testing.assert_array_equal(saved[..., ::-1], drawn)
 
 
