@@ -111,7 +111,8 @@ class Heatmap:
 
         Args:
             view: the slide's overview (``Slide.overview``); white without it.
-            limits: the values that are darkest and brightest; by default the lowest and highest there are.
+            limits: the values that are darkest and brightest; by default those that one tile in a hundred lies below and
+                above, so that a single extreme tile does not make all others look alike.
         """
         if view is None:
             factor = max(1.0, max(self.frame.size) / _PICTURE_PX)
@@ -123,7 +124,7 @@ class Heatmap:
         drawn = ~np.isnan(values)
         if not drawn.any():
             return image
-        low, high = limits or (float(np.nanmin(self.values)), float(np.nanmax(self.values)))
+        low, high = limits or (self.quantile(0.01), self.quantile(0.99))
         level = np.clip((np.nan_to_num(values) - low) / (high - low if high > low else 1.0), 0, 1)
         colour = cv2.applyColorMap(np.round(level * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
         mixed = _OPACITY * colour + (1 - _OPACITY) * image

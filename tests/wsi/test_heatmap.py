@@ -149,6 +149,14 @@ def test_a_picture_is_coloured_where_tiles_are_and_untouched_elsewhere(tmp_path:
     np.testing.assert_array_equal(saved[..., ::-1], drawn)
 
 
+def test_one_extreme_tile_does_not_make_the_others_look_alike() -> None:
+    values = np.tile([0.0, 1.0], 100)
+    spoilt = values.copy()
+    spoilt[42] = 1000
+    calm, extreme = heat(values, 10, 10, 20).picture(), heat(spoilt, 10, 10, 20).picture()
+    np.testing.assert_array_equal(calm[5, :20], extreme[5, :20])
+
+
 def test_fixed_limits_make_pictures_comparable_and_nothing_scored_draws_nothing() -> None:
     alone = heat(np.full(6, 0.9)).picture(limits=(0, 1))
     beside = heat([0.9, 0.1, 0.9, 0.9, 0.9, 0.9]).picture(limits=(0, 1))
