@@ -31,20 +31,22 @@ class TrainConfig:
         fusion: several slides of a patient: ``"late"`` averages predictions, ``"early"`` pools tiles, ``"none"`` lets each
             slide answer.
         split_by, folds: ``"random"`` folds, one a ``"site"``, or the table's own ``"column"``.
-        members: models a fold, each with another part of the training patients deciding when it stops; their answers are
-            averaged. With one, that part is ``1 / max(2, inner)`` of them.
-        inner: into how many parts training patients are cut for that; at least ``members``. 1: nobody decides, models
-            train for all epochs on everybody.
+        members: models a fold, whose answers are averaged.
+        inner: into how many parts the training patients are cut; each member is trained on all but one of them, another
+            for each, which decides when it stops and calibrates it. At least ``members``. 1: nobody decides: members
+            differ by chance alone and train for all epochs on everybody, which a cosine schedule and the average of
+            weights allow, and which is worth more than stopping early where patients are few.
         epochs, warmup_epochs: length of the cosine schedule and of the linear rise before it.
         patience: epochs without a better validation loss before a model stops.
-        lr, weight_decay: of AdamW; biases and norms are not decayed.
+        lr, weight_decay: of AdamW, which decays weights by their product at each step; biases and norms are not decayed. The
+            defaults are for attention pooling; transformers want an lr of 1e-4 to 2e-4.
         batch_size, accumulate: bags a forward pass, and passes a step.
         max_tiles: of larger bags, so many tiles are drawn anew each time (training only).
         tile_dropout: share of a bag's tiles left out each time.
         feature_dropout: share of a batch's feature values set to their mean.
         average: decay of the moving average of the weights, which is what is validated and kept; 0 keeps the last step's.
         scale: ``"standard"`` brings each feature to mean 0 and deviation 1 over the training tiles, ``"none"`` leaves it.
-        calibrate: whether a temperature is fitted on the validation part (classes only).
+        calibrate: whether a temperature is fitted on the validation part (classes only; needs ``inner`` above 1).
         bins: intervals of discrete-time survival.
         draws: of patients, for the intervals of the metrics.
         device, precision: where and how it is computed; ``"auto"`` is half precision on a GPU, float32 elsewhere.
@@ -59,16 +61,16 @@ class TrainConfig:
     split_by: SplitBy = "random"
     folds: int = 5
     members: int = 3
-    inner: int = 5
-    epochs: int = 20
+    inner: int = 1
+    epochs: int = 15
     warmup_epochs: int = 1
     patience: int = 8
-    lr: float = 3e-4
-    weight_decay: float = 0.05
+    lr: float = 1e-3
+    weight_decay: float = 3.0
     batch_size: int = 16
     accumulate: int = 1
     max_tiles: int = 4096
-    tile_dropout: float = 0.3
+    tile_dropout: float = 0.5
     feature_dropout: float = 0.3
     average: float = 0.98
     scale: Literal["standard", "none"] = "standard"

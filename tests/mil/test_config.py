@@ -38,7 +38,7 @@ def test_settings_go_to_json_and_back(config: TrainConfig) -> None:
         ({"lr": "fast"}, "lr is a number"),
         ({"tile_dropout": 1.0}, "tile_dropout is a number from 0 to below 1"),
         ({"loss": "hinge"}, "loss is one of auto, cross_entropy"),
-        ({"members": 6}, "6 members need as many parts"),
+        ({"members": 6, "inner": 5}, "6 members need as many parts"),
         ({"loss": "cox", "batch_size": 1}, "batch_size must be at least 2"),
         ([], "a JSON object is needed"),
     ],
