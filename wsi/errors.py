@@ -4,7 +4,9 @@
 
     WsiError
      ├── UsageError                    USAGE                what was asked makes no sense; exit code 2
-     │    └── UnknownEncoderError      MODEL_UNKNOWN
+     │    ├── UnknownEncoderError      MODEL_UNKNOWN
+     │    ├── CohortError              BAD_COHORT
+     │    └── RunMismatchError         RUN_MISMATCH
      ├── SlideError                    a slide cannot be used as it is
      │    ├── SlideNotFoundError       NOT_FOUND
      │    ├── EmptyFileError           EMPTY_FILE
@@ -28,6 +30,7 @@
      │    ├── StoreCorruptError        STORE_CORRUPT
      │    ├── NotExtractedError        NOT_EXTRACTED
      │    ├── EncoderChangedError      ENCODER_CHANGED
+     │    ├── BadFeaturesError         BAD_FEATURES
      │    └── SlideBusyError           BUSY
      └── EnvironmentFaultError         this machine cannot do the work; exit code 5
           ├── OutputNotWritableError   OUTPUT_NOT_WRITABLE
@@ -45,6 +48,8 @@ from typing import ClassVar
 
 __all__ = [
     "AnnotationError",
+    "BadFeaturesError",
+    "CohortError",
     "DeviceError",
     "DiskFullError",
     "EmptyFileError",
@@ -62,6 +67,7 @@ __all__ = [
     "PixelsDifferError",
     "ReadError",
     "ResolutionError",
+    "RunMismatchError",
     "SlideBusyError",
     "SlideError",
     "SlideNotFoundError",
@@ -283,3 +289,21 @@ class UnsafePickleError(EnvironmentFaultError):
     """The weight file would run code when loaded."""
 
     code = "MODEL_UNSAFE"
+
+
+class CohortError(UsageError):
+    """A table of labels cannot be used: a column is missing, a class has too few patients, sites contradict."""
+
+    code = "BAD_COHORT"
+
+
+class RunMismatchError(UsageError):
+    """A trained run does not fit what it is applied to: another encoder, cohort or configuration."""
+
+    code = "RUN_MISMATCH"
+
+
+class BadFeaturesError(StoreError):
+    """A feature file cannot be understood, or holds vectors that are not finite."""
+
+    code = "BAD_FEATURES"

@@ -1,0 +1,158 @@
+"""wsi train: a store and a table of labels into a cross-validated model."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cli.console import PatientConsole
+
+if TYPE_CHECKING:
+    from mil.config import TrainConfig  # would load torch for every --help
+    from mil.splits import Fold
+    from mil.train import Epoch
+
+__all__ = ["train"]
+
+_KINDS = ("auto", "binary", "multiclass", "ordinal", "regression", "survival")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--labels", "table", required=True, type=click.Path(path_type=Path), help="CSV with a row a slide.")
+@click.option("--target", required=True, help="Column to predict; for survival the one of times.")
+@click.option("--out", "run", required=True, type=click.Path(path_type=Path), help="Folder of the run; is made.")
+@click.option("--encoder", multiple=True, help="Whose features; given twice, they are put side by side.")
+@click.option("--kind", type=click.Choice(_KINDS), default="auto", show_default=True, help="What the target is.")
+@click.option("--classes", help="Classes in order, with commas; the last of two is the positive one.")
+@click.option("--event-column", "event", help="Survival: column that is 1 where the event was seen.")
+@click.option("--censored-column", "censored", help="Survival: column that is 1 where it was not.")
+@click.option("--slide-column", "slide", help="Column of slides.  [default: slide, slide_id, filename or file]")
+@click.option(
+    "--patient-column", "patient", help="Column of patients.  [default: patient, patient_id, case or case_id]"
+)
+@click.option("--site-column", "site", help="Column of centres, for --split-by site.")
+@click.option("--split-column", "split", help="Column of your own folds, for --split-by column.")
+@click.option(
+    "--split-by", type=click.Choice(["random", "site", "column"]), help="How folds are made.  [default: random]"
+)
+@click.option("--model", help="abmil, abmil-gated, clam-sb, …  [default: abmil-gated]")
+@click.option("--folds", type=click.IntRange(min=2), help="Random folds.  [default: 5]")
+@click.option("--members", type=click.IntRange(min=1), help="Models a fold, whose answers are averaged.  [default: 3]")
+@click.option("--epochs", type=click.IntRange(min=1), help="Longest training of a model.")
+@click.option(
+    "--fusion", type=click.Choice(["late", "early", "none"]), help="Several slides of a patient.  [default: late]"
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of everything that is drawn.  [default: 0]")
+@click.option("--device", help="auto, cpu, cuda or cuda:1.  [default: auto]")
+@click.option("--config", type=click.Path(path_type=Path), help="JSON file of settings; flags go before it.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any other setting, such as lr=1e-3 or hyper.dropout=0.5.",
+)
+def train(store: Path, table: Path, run: Path, encoder: tuple[str, ...], **values: Any) -> int:
+    """Train and cross-validate a slide model on the features in OUT.
+
+    Patients are never split. The run's folder holds settings, folds, models, predictions and metrics; run the same
+    command again after an interruption and only folds that are missing are trained.
+
+    \b
+    wsi train OUT --encoder uni2-h --labels cohort.csv --target subtype --out runs/subtype
+    wsi train OUT --labels cohort.csv --target months --event-column died --out runs/survival
+    """
+    console = PatientConsole()
+    with console.status("loading …"):  # torch alone takes seconds
+        from mil import Cohort, Labels, cross_validate
+
+        columns = ("target", "kind", "event", "censored", "slide", "patient", "site", "split")
+        classes = tuple(name.strip() for name in values["classes"].split(",")) if values["classes"] else ()
+        labels = Labels(**{name: values[name] for name in columns}, classes=classes)
+        config = _config(values)
+        cohort = Cohort.from_store(store, table, labels, encoder=encoder or None)
+    _say(console, cohort.describe())
+    with _Progress(console, config) as progress:
+        result = cross_validate(cohort, config, out=run, observer=progress)
+    _say(console, result.summary())
+    _say(console, f"results: {run}  (metrics.json, predictions.csv; wsi predict {run} {store} applies it)")
+    return 0
+
+
+def _config(values: dict[str, Any]) -> "TrainConfig":
+    """Settings of the file, under those of --set, under those of flags."""
+    from mil import TrainConfig
+
+    base = TrainConfig() if values["config"] is None else TrainConfig.read(values["config"])
+    settings = json.loads(base.to_json())
+    for pair in values["settings"]:
+        key, equals, word = pair.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set {pair}: write KEY=VALUE")
+        try:
+            value = json.loads(word)
+        except ValueError:
+            value = word  # a word needs no quotes
+        if key.startswith("hyper."):
+            settings["hyper"][key.removeprefix("hyper.")] = value
+        else:
+            settings[key] = value
+    flags = ("model", "folds", "members", "epochs", "fusion", "seed", "device", "split_by")
+    settings |= {key: values[key] for key in flags if values[key] is not None}
+    return TrainConfig.from_json(json.dumps(settings), where="--set")
+
+
+class _Progress:
+    """A line a fold, and on a terminal a bar of the epochs; an ``Observer`` of ``mil.train``."""
+
+    def __init__(self, console: PatientConsole, config: "TrainConfig") -> None:
+        self._console = console
+        self._epochs = config.epochs
+        self._members = config.members
+        self._prefix = ""
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), console=console, transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "_Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def fold_started(self, fold: "Fold", number: int, total: int) -> None:
+        self._prefix = f"[{number + 1}/{total}] fold {fold.name}"
+        self._began = time.monotonic()
+        if self._bar is not None:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(self._prefix, total=self._epochs * self._members, loss="")
+
+    def epoch_done(self, fold: "Fold", epoch: "Epoch") -> None:
+        if self._bar is not None:
+            done = epoch.member * self._epochs + epoch.epoch  # a model that stopped early has none left
+            loss = f"loss {epoch.loss:.3f}, validation {epoch.stop_loss:.3f}"
+            self._bar.update(self._bar.task_ids[-1], completed=done, loss=loss)
+
+    def fold_finished(self, fold: "Fold", metrics: dict[str, float], *, resumed: bool) -> None:
+        words = ", ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:2])
+        when = "there already" if resumed else f"{time.monotonic() - self._began:.0f} s"
+        _say(self._console, f"{self._prefix}: {words} ({len(fold.train)} trained on, {len(fold.test)} tested, {when})")
+
+
+def _say(console: PatientConsole, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

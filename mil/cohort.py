@@ -1,0 +1,479 @@
+"""Cohort: slides with features, whose they are, and what is known of them."""
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.interop import feature_files, read_facts
+from features.keys import readable_part, slide_key
+from features.store import FeatureStore
+from mil.bag import Bag
+from mil.sources import (
+    ArraySource,
+    BagSource,
+    CachedSource,
+    FolderSource,
+    StoreSource,
+    checked_bag,
+    has_features,
+    pool_bags,
+)
+from mil.target import Labels, Target, infer_target, is_missing, parse_event, parse_value
+from wsi.discover import SLIDE_SUFFIXES
+from wsi.errors import CohortError, NotExtractedError, SlideNotFoundError, UsageError
+
+__all__ = ["CACHE_BYTES", "Cases", "Cohort", "Fusion", "LeftOut", "SlideNames"]
+
+Fusion = Literal["late", "early", "none"]
+CACHE_BYTES = 4 << 30
+
+_SLIDE_COLUMNS = ("slide", "slide_id", "filename", "file")
+_PATIENT_COLUMNS = ("patient", "patient_id", "case", "case_id")
+
+
+class LeftOut(NamedTuple):
+    """A slide that takes no part, and why."""
+
+    slide: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """Those who get one answer each, and the bags it is made from.
+
+    Attributes:
+        names: (n,) the patient, or the slide where each slide answers for itself.
+        patients: (n,) whose it is; all cases of a patient stay in one fold.
+        y: (n,) class index, value or time.
+        event: (n,) whether the event was seen; True for all but survival.
+        sites, splits: (n,) the patient's centre and own fold, where the table has them.
+        bags: the slides of each bag; more than one where a patient's slides are pooled.
+        owner: for each bag, the case it belongs to.
+    """
+
+    names: tuple[str, ...]
+    patients: tuple[str, ...]
+    y: NDArray[np.float64]
+    event: NDArray[np.bool_]
+    sites: tuple[str, ...] | None
+    splits: tuple[str, ...] | None
+    bags: tuple[tuple[str, ...], ...]
+    owner: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def bags_of(self, cases: Iterable[int]) -> NDArray[np.int64]:
+        """Indices of the bags of these cases, in order."""
+        return np.flatnonzero(np.isin(self.owner, list(cases)))
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Labelled slides with features.
+
+    Attributes:
+        name: where the labels came from, for messages.
+        target: what is to be predicted.
+        source: reads bags.
+        slides: (S,) names of slides, as the source knows them; sorted.
+        patients: (S,) whose each slide is.
+        y: (S,) class index, value or time.
+        event: (S,) whether the event was seen; True for all but survival.
+        sites, splits: (S,) the table's columns of centres and own folds, if it has them.
+        left_out: slides that have features but no label, or a label but no features.
+
+    Raises:
+        CohortError: no slide is left.
+    """
+
+    name: str
+    target: Target
+    source: BagSource
+    slides: tuple[str, ...]
+    patients: tuple[str, ...]
+    y: NDArray[np.float64]
+    event: NDArray[np.bool_]
+    sites: tuple[str, ...] | None = None
+    splits: tuple[str, ...] | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.slides)
+        lengths = {
+            len(column) for column in (self.patients, self.y, self.event, self.sites, self.splits) if column is not None
+        }
+        if lengths != {n}:
+            raise ValueError(f"{n} slides need as many patients, labels and events, got {sorted(lengths)}")
+        if not n:
+            raise CohortError(f"{self.name}: no slide has both features and a label{_reasons(self.left_out)}")
+
+    @classmethod
+    def from_store(
+        cls,
+        root: str | Path,
+        table: str | Path,
+        target: str | Labels,
+        *,
+        encoder: str | Sequence[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> "Cohort":
+        """Join a feature store with a table of labels.
+
+        Args:
+            root: the store, as ``wsi extract`` writes it.
+            table: CSV with a row a slide. Slides are named by store key, relative path, file name or stem.
+            target: the column to predict, or ``Labels`` that say more.
+            encoder: whose features; several are put side by side. May be left out where the store has one.
+            cache_bytes: how many bytes of bags are kept in memory.
+
+        Raises:
+            CohortError: the table cannot be used.
+            NotExtractedError: no store, or no such encoder.
+        """
+        store = FeatureStore(root)
+        source = StoreSource(store, _encoders(store, encoder))
+        missing: dict[str, str] = {}
+        for slide in store:
+            lacking = [name for name in source.encoders if not has_features(slide, name)]
+            if lacking:
+                missing[slide.key] = f"no features of {', '.join(lacking)}"
+            elif source.n_good(slide.key) == 0:
+                missing[slide.key] = "no tiles"
+        names = SlideNames({key: readable_part(key) for key in store.keys})
+        return _from_table(Path(table), _labels(target), CachedSource(source, cache_bytes), names, missing)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path | Sequence[str | Path],
+        table: str | Path,
+        target: str | Labels,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> "Cohort":
+        """Join a folder of feature files of TRIDENT, CLAM or STAMP with a table of labels.
+
+        Args:
+            folder: one, or several whose vectors are put side by side where places of tiles agree.
+            table, target, cache_bytes: as for ``from_store``.
+        """
+        folders = [folder] if isinstance(folder, str | Path) else list(folder)
+        found = [feature_files(each) for each in folders]
+        slides = [name for name in found[0] if all(name in files for files in found[1:])]
+        if not slides:
+            raise SlideNotFoundError(f"{folders[0]} and {folders[-1]}: have no slide in common; names must be the same")
+        missing = {n: "no features in every folder" for files in found for n in files if n not in slides}
+        missing |= {name: "no tiles" for name in slides if any(read_facts(f[name]).n_tiles == 0 for f in found)}
+        usable = {name: [files[name] for files in found] for name in slides if name not in missing}
+        if not usable:
+            raise CohortError(f"{folders[0]}: none of its {len(slides)} feature files holds a tile")
+        names = SlideNames({name: name for files in found for name in files})
+        return _from_table(
+            Path(table), _labels(target), CachedSource(FolderSource(usable), cache_bytes), names, missing
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        bags: Sequence[Bag | NDArray[Any]],
+        targets: Sequence[Any] | NDArray[Any],
+        groups: Sequence[Any] | NDArray[Any] | None = None,
+        *,
+        labels: Labels | None = None,
+    ) -> "Cohort":
+        """A cohort of arrays in memory.
+
+        Args:
+            bags: (N, D) arrays, or Bags; a Bag without a key is called by its number.
+            targets: (n,) labels; (n, 2) times and events for survival.
+            groups: (n,) whose each bag is; each its own by default.
+            labels: kind and classes, where they should not be guessed.
+        """
+        n = len(bags)
+        if len(targets) != n or (groups is not None and len(groups) != n):
+            raise UsageError(f"{n} bags need as many targets and groups, got {len(targets)}")
+        made: dict[str, Bag] = {}
+        for i, bag in enumerate(bags):
+            key = bag.key if isinstance(bag, Bag) and bag.key else f"bag-{i:05d}"
+            if key in made:
+                raise UsageError(f"two bags are called {key!r}; give each a key of its own")
+            if isinstance(bag, Bag):
+                made[key] = bag if bag.key == key else Bag(bag.features, bag.xy, key)
+            else:
+                made[key] = checked_bag(np.asarray(bag), None, key, where=key)
+        keys = list(made)
+        values = np.asarray(targets)
+        survival = values.ndim == 2
+        labels = labels or Labels(
+            "target", kind="survival" if survival else "auto", event="event" if survival else None
+        )
+        first = values[:, 0] if survival else values
+        words = [str(value) for value in first.tolist()]
+        target = infer_target(labels, words, where="the arrays")
+        return cls(
+            name="the arrays",
+            target=target,
+            source=ArraySource(made),
+            slides=tuple(keys),
+            patients=tuple(str(g) for g in (keys if groups is None else groups)),
+            y=np.array([parse_value(target, word, where="the arrays") for word in words]),
+            event=values[:, 1].astype(bool) if survival else np.ones(n, bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def read(self, slides: Sequence[str]) -> Bag:
+        """One bag of these slides' tiles."""
+        return pool_bags([self.source.read(slide) for slide in slides], "+".join(slides))
+
+    def cases(self, fusion: Fusion = "late") -> Cases:
+        """Who gets an answer.
+
+        Args:
+            fusion: several slides of a patient: ``"late"`` averages their predictions, ``"early"`` pools their tiles into one
+                bag, ``"none"`` lets each slide answer for itself.
+
+        Raises:
+            CohortError: slides of a patient differ in what is the patient's.
+        """
+        slides_of: dict[str, list[int]] = {}
+        for i, patient in enumerate(self.patients):
+            slides_of.setdefault(patient, []).append(i)
+        for patient, slides in slides_of.items():
+            self._check_patient(patient, slides, labels=fusion != "none")
+        members = [[i] for i in range(len(self))] if fusion == "none" else list(slides_of.values())
+        firsts = [slides[0] for slides in members]
+        bags = (
+            [tuple(slides) for slides in members] if fusion == "early" else [(i,) for slides in members for i in slides]
+        )
+        owner = [k for k, slides in enumerate(members) for _ in ([0] if fusion == "early" else slides)]
+        return Cases(
+            names=tuple((self.slides if fusion == "none" else self.patients)[i] for i in firsts),
+            patients=tuple(self.patients[i] for i in firsts),
+            y=self.y[firsts],
+            event=self.event[firsts],
+            sites=None if self.sites is None else tuple(self.sites[i] for i in firsts),
+            splits=None if self.splits is None else tuple(self.splits[i] for i in firsts),
+            bags=tuple(tuple(self.slides[i] for i in bag) for bag in bags),
+            owner=np.array(owner, np.int64),
+        )
+
+    def _check_patient(self, patient: str, slides: list[int], *, labels: bool) -> None:
+        columns: list[tuple[str, Sequence[Any] | None, str]] = [
+            (
+                self.target.name,
+                self.y.tolist() if labels else None,
+                "correct them, or let each slide answer with fusion none",
+            ),
+            ("event", self.event.tolist() if labels else None, "correct them"),
+            ("site", self.sites, "a patient in two sites cannot be held out with one; correct the column"),
+            ("split", self.splits, "a patient in two folds would leak; correct the column"),
+        ]
+        for what, column, remedy in columns:
+            if column is not None and len({column[i] for i in slides}) > 1:
+                shown = ", ".join(f"{self.slides[i]}: {self._word(what, column[i])}" for i in slides[:3])
+                raise CohortError(f"{self.name}: slides of patient {patient} differ in {what} ({shown}); {remedy}")
+
+    def _word(self, what: str, value: Any) -> str:
+        return self.target.classes[int(value)] if what == self.target.name and self.target.is_classes else str(value)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits that change with any slide, label, patient, centre, own fold, or with what the features are."""
+        facts = [self.target.name, self.target.kind, self.target.classes, self.slides, self.patients, self.y.tolist()]
+        facts += [self.event.tolist(), self.sites, self.splits, dict(self.source.facts), self.source.dim]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def describe(self) -> str:
+        """One line for people: how many of what, and what was left out."""
+        patients = len(set(self.patients))
+        words = f"{len(self)} slides of {patients} patients" if patients != len(self) else f"{len(self)} slides"
+        if self.target.is_classes:
+            counts = Counter(self.y.astype(int).tolist())
+            words += ": " + ", ".join(f"{counts[i]} {name}" for i, name in enumerate(self.target.classes))
+        elif self.target.kind == "survival":
+            words += f": {int(self.event.sum())} events"
+        return words + _reasons(self.left_out)
+
+    def __repr__(self) -> str:
+        return f"<Cohort {self.target.name} of {self.name}: {self.describe()}>"
+
+
+class SlideNames:
+    """Finds slides by what people call them: key, relative path, file name, or stem, in this order.
+
+    Args:
+        paths: the path of each slide's file below the cohort's root, by its key.
+    """
+
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._exact = {key: key for key in paths} | {path: key for key, path in paths.items()}
+        self._loose: dict[str, list[str]] = {}
+        for key, path in paths.items():
+            file = PurePosixPath(path.replace("\\", "/"))
+            for name in {file.name, _stem(file.name)}:
+                self._loose.setdefault(name, []).append(key)
+
+    def find(self, word: str) -> str | None:
+        """The key of the slide called so, or None.
+
+        Raises:
+            CohortError: several are.
+        """
+        path = word.replace("\\", "/")
+        for name in (word, path, slide_key(path)):
+            if name in self._exact:
+                return self._exact[name]
+        file = PurePosixPath(path).name
+        for name in (file, _stem(file)):
+            keys = self._loose.get(name, [])
+            if len(keys) > 1:
+                raise CohortError(f"slide {word!r} is ambiguous: {', '.join(keys[:3])}; give the relative path")
+            if keys:
+                return keys[0]
+        return None
+
+    def __iter__(self) -> Any:
+        return iter(dict.fromkeys(self._exact.values()))
+
+
+def read_rows(table: Path) -> list[dict[str, str]]:
+    """Rows of a CSV; comma, semicolon and tab are understood.
+
+    Raises:
+        CohortError: there is no such file, it is no text, or a column is named twice.
+    """
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise CohortError(f"{table}: there is no such table of labels") from error
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise CohortError(f"{table}: not a CSV in UTF-8; save it as one") from error
+    head = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
+    columns = [column.strip() for column in next(reader, [])]
+    if len(set(columns)) != len(columns):
+        raise CohortError(f"{table}: two columns have one name; rename one")
+    return [
+        {column: (row[i].strip() if i < len(row) else "") for i, column in enumerate(columns)}
+        for row in reader
+        if any(cell.strip() for cell in row)
+    ]
+
+
+def _from_table(
+    table: Path, labels: Labels, source: BagSource, names: SlideNames, missing: Mapping[str, str]
+) -> Cohort:
+    """Join the rows of a table with the slides that have features; ``missing`` says why some have none to use."""
+    rows = read_rows(table)
+    if not rows:
+        raise CohortError(f"{table}: has no rows; one for each slide is needed")
+    columns = list(rows[0])
+    slide_column = _column(table, columns, labels.slide, _SLIDE_COLUMNS, "slide")
+    patient_column = _column(table, columns, labels.patient, _PATIENT_COLUMNS, None)
+    for wanted in (labels.target, labels.event, labels.censored, labels.site, labels.split):
+        if wanted is not None:
+            _column(table, columns, wanted, (), wanted)
+    needed = [c for c in (labels.target, labels.event, labels.censored, labels.site, labels.split, patient_column) if c]
+    left_out: list[LeftOut] = []
+    kept: dict[str, dict[str, str]] = {}
+    named: set[str] = set()
+    for row in rows:
+        word = row[slide_column]
+        try:
+            key = names.find(word)
+        except CohortError as error:
+            raise CohortError(f"{table}: {error}") from None
+        if key is None:
+            left_out.append(LeftOut(word, "no features"))
+            continue
+        if key in named:
+            raise CohortError(f"{table}: slide {word!r} stands in two rows; keep one")
+        named.add(key)
+        empty = next((column for column in needed if is_missing(row[column])), None)
+        if empty is not None:
+            left_out.append(LeftOut(word, "no label" if empty == labels.target else f"no {empty}"))
+        elif key in missing:
+            left_out.append(LeftOut(word, missing[key]))
+        else:
+            kept[key] = row
+    left_out += [LeftOut(key, "not in the table") for key in names if key not in named]
+    slides = sorted(kept)
+    if not slides:
+        raise CohortError(f"{table}: no slide has both features and a label{_reasons(left_out)}")
+    target = infer_target(labels, [kept[key][labels.target] for key in slides], where=str(table))
+
+    def column_of(column: str | None) -> tuple[str, ...] | None:
+        return None if column is None else tuple(kept[key][column] for key in slides)
+
+    return Cohort(
+        name=str(table),
+        target=target,
+        source=source,
+        slides=tuple(slides),
+        patients=column_of(patient_column) or tuple(slides),
+        y=np.array([parse_value(target, kept[k][labels.target], where=f"{table}, slide {k}") for k in slides]),
+        event=np.array([parse_event(labels, kept[k], where=f"{table}, slide {k}") for k in slides]),
+        sites=column_of(labels.site),
+        splits=column_of(labels.split),
+        left_out=tuple(left_out),
+    )
+
+
+def _column(table: Path, columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str | None) -> Any:
+    """The name of a column that is there; None where it is neither named, nor usual, nor needed."""
+    if wanted is not None:
+        if wanted not in columns:
+            raise CohortError(f"{table}: has no column {wanted!r}; it has {', '.join(columns)}")
+        return wanted
+    found = next((name for name in usual if name in columns), None)
+    if found is None and what is not None:
+        raise CohortError(
+            f"{table}: has no column of slides ({', '.join(usual)}); it has {', '.join(columns)}: name the one that is"
+        )
+    return found
+
+
+def _encoders(store: FeatureStore, encoder: str | Sequence[str] | None) -> tuple[str, ...]:
+    there = sorted({name for slide in store for name in slide.encoders})
+    if encoder:
+        wanted = (encoder,) if isinstance(encoder, str) else tuple(encoder)
+        for name in wanted:
+            if not any(has_features(slide, name) for slide in store):
+                raise NotExtractedError(
+                    f"{store.root}: no slide has features of {name} (there are: {', '.join(there) or 'none yet'}); "
+                    f"run wsi extract with --encoder {name}"
+                )
+        return wanted
+    if not there:
+        raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
+    if len(there) > 1:
+        raise UsageError(f"{store.root}: holds features of {', '.join(there)}; say which with --encoder")
+    return (there[0],)
+
+
+def _labels(target: str | Labels) -> Labels:
+    return target if isinstance(target, Labels) else Labels(target)
+
+
+def _stem(name: str) -> str:
+    """A file name without the suffix of a slide; other dots belong to the name, as in TCGA's."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix.lower() in SLIDE_SUFFIXES else name
+
+
+def _reasons(left_out: Iterable[LeftOut]) -> str:
+    counts = Counter(each.reason for each in left_out)
+    return "; left out " + ", ".join(f"{n} ({reason})" for reason, n in counts.most_common()) if counts else ""

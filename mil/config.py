@@ -1,0 +1,154 @@
+"""TrainConfig: everything that decides a training run, and nothing else."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mil.cohort import Fusion
+from wsi.errors import UsageError
+
+__all__ = ["Loss", "SplitBy", "TrainConfig"]
+
+Loss = Literal["auto", "cross_entropy", "focal", "mse", "ordinal", "nll", "cox"]
+SplitBy = Literal["random", "site", "column"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How models are trained. Checks itself; goes to JSON and back; an unknown key is an error.
+
+    Attributes:
+        model: a name of ``mil.models.MODELS``.
+        hyper: arguments of the model beyond its width and number of outputs.
+        loss: ``"auto"`` is cross-entropy for classes, ordinal for grades, squared error for values, discrete-time
+            likelihood for survival.
+        class_weights: ``"balanced"`` gives each class equal weight in the loss, ``"none"`` each case.
+        fusion: several slides of a patient: ``"late"`` averages predictions, ``"early"`` pools tiles, ``"none"`` lets each
+            slide answer.
+        split_by, folds: ``"random"`` folds, one a ``"site"``, or the table's own ``"column"``.
+        members: models a fold, whose answers are averaged.
+        inner: into how many parts the training patients are cut; each member is trained on all but one of them, another
+            for each, which decides when it stops and calibrates it. At least ``members``. 1: nobody decides: members
+            differ by chance alone and train for all epochs on everybody, which a cosine schedule and the average of
+            weights allow, and which is worth more than stopping early where patients are few.
+        epochs, warmup_epochs: length of the cosine schedule and of the linear rise before it.
+        patience: epochs without a better validation loss before a model stops.
+        lr, weight_decay: of AdamW, which decays weights by their product at each step; biases and norms are not decayed. The
+            defaults are for attention pooling; transformers want an lr of 1e-4 to 2e-4.
+        batch_size, accumulate: bags a forward pass, and passes a step.
+        max_tiles: of larger bags, so many tiles are drawn anew each time (training only).
+        tile_dropout: share of a bag's tiles left out each time.
+        feature_dropout: share of a batch's feature values set to their mean.
+        average: decay of the moving average of the weights, which is what is validated and kept; 0 keeps the last step's.
+        scale: ``"standard"`` brings each feature to mean 0 and deviation 1 over the training tiles, ``"none"`` leaves it.
+        calibrate: whether a temperature is fitted on the validation part (classes only; needs ``inner`` above 1).
+        bins: intervals of discrete-time survival.
+        draws: of patients, for the intervals of the metrics.
+        device, precision: where and how it is computed; ``"auto"`` is half precision on a GPU, float32 elsewhere.
+        seed: of everything.
+    """
+
+    model: str = "abmil-gated"
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    loss: Loss = "auto"
+    class_weights: Literal["none", "balanced"] = "none"
+    fusion: Fusion = "late"
+    split_by: SplitBy = "random"
+    folds: int = 5
+    members: int = 3
+    inner: int = 1
+    epochs: int = 15
+    warmup_epochs: int = 1
+    patience: int = 8
+    lr: float = 1e-3
+    weight_decay: float = 3.0
+    batch_size: int = 16
+    accumulate: int = 1
+    max_tiles: int = 4096
+    tile_dropout: float = 0.5
+    feature_dropout: float = 0.3
+    average: float = 0.98
+    scale: Literal["standard", "none"] = "standard"
+    calibrate: bool = True
+    bins: int = 4
+    draws: int = 500
+    device: str = "auto"
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hyper", dict(self.hyper))
+        _one_of("loss", self.loss, get_args(Loss))
+        _one_of("class_weights", self.class_weights, ("none", "balanced"))
+        _one_of("fusion", self.fusion, get_args(Fusion))
+        _one_of("split_by", self.split_by, get_args(SplitBy))
+        _one_of("scale", self.scale, ("standard", "none"))
+        _one_of("precision", self.precision, get_args(Precision))
+        for name, least in (
+            ("folds", 2), ("members", 1), ("inner", 1), ("epochs", 1), ("warmup_epochs", 0), ("patience", 1),
+            ("batch_size", 1), ("accumulate", 1), ("max_tiles", 1), ("bins", 2), ("draws", 1), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"{name} is a whole number from {least}, not {value!r}")
+        for name, low, high in (
+            ("lr", 0, math.inf), ("weight_decay", 0, math.inf), ("tile_dropout", 0, 1), ("feature_dropout", 0, 1),
+            ("average", 0, 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value < high or (name == "lr" and value == 0):
+                raise UsageError(f"{name} is a number from {low} to below {high:g}, not {value!r}")
+        if self.inner > 1 and self.members > self.inner:
+            raise UsageError(f"{self.members} members need as many parts to stop by; inner is {self.inner}")
+        if self.loss == "cox" and self.batch_size < 2:
+            raise UsageError("the cox loss compares the bags of a batch; batch_size must be at least 2")
+        try:
+            json.dumps(self.hyper, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"hyper holds what JSON cannot: {error}") from error
+
+    def to_json(self) -> str:
+        """All settings as JSON."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "the configuration") -> "TrainConfig":
+        """Settings from JSON; those left out have their defaults.
+
+        Raises:
+            UsageError: no JSON object, an unknown key, or a value out of range.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{where}: no JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"{where}: a JSON object is needed, not {type(values).__name__}")
+        known = [each.name for each in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+                raise UsageError(f"{where}: unknown setting {key!r}; {hint}")
+        try:
+            return cls(**values)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> "TrainConfig":
+        """Settings from a JSON file."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"), where=str(path))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is one of {', '.join(allowed)}, not {value!r}")

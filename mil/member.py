@@ -1,0 +1,124 @@
+"""Member: one trained model with all it needs to answer: scaling, objective, temperature. A safetensors file on disk."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mil.bag import Bag, Batch, collate
+from mil.models import MILOutput, build_model
+from mil.objective import Objective
+from wsi._files import write_atomically
+from wsi.errors import ModelMismatchError
+
+__all__ = ["Member", "Scaling"]
+
+_FORMAT = "wsi-mil-member"
+_VERSION = 1
+
+
+class Scaling(nn.Module):
+    """Features less their mean, by their deviation; padding stays zero."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("deviation", deviation.float())
+
+    @classmethod
+    def identity(cls, dim: int) -> "Scaling":
+        return cls(torch.zeros(dim), torch.ones(dim))
+
+    def forward(self, batch: Batch) -> Batch:
+        scaled = (batch.features.float() - self.mean) / self.deviation  # (B, N, D)
+        return Batch(scaled * batch.mask[..., None], batch.mask, batch.xy)
+
+
+class Member(nn.Module):
+    """Scaling and model; a bag in, answers out.
+
+    Attributes:
+        facts: what the model is: ``model``, ``hyper``, ``dim``, and of which features it was trained.
+        objective: how its logits become answers.
+        temperature: by which its logits are divided.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], objective: Objective, scaling: Scaling) -> None:
+        super().__init__()
+        self.facts = dict(facts)
+        self.objective = objective
+        self.temperature = 1.0
+        self.scaling = scaling
+        self.model = build_model(facts["model"], facts["dim"], objective.n_outputs, **facts["hyper"])
+
+    def forward(self, batch: Batch) -> MILOutput:
+        """The model's output for raw features."""
+        output: MILOutput = self.model(self.scaling(batch))
+        return output
+
+    @property
+    def device(self) -> torch.device:
+        return self.scaling.mean.device
+
+    @torch.no_grad()
+    def logits(self, bag: Bag) -> Tensor:
+        """(n_outputs,) of one bag, all of its tiles, on the CPU."""
+        return self._output(bag).logits[0].float().cpu()
+
+    @torch.no_grad()
+    def attention(self, bag: Bag) -> Tensor:
+        """(K, N) attention over the tiles of one bag; each row sums to one."""
+        return self._output(bag).attention[0].float().cpu()
+
+    def _output(self, bag: Bag) -> MILOutput:
+        output: MILOutput = self.eval()(collate([bag]).to(self.device))
+        return output
+
+    def answer(self, logits: Tensor) -> Tensor:
+        """(B, P) calibrated answers of (B, n_outputs) logits, float64."""
+        return self.objective.answer(logits, self.temperature)
+
+    def save(self, path: Path) -> None:
+        """Write the member as one file, which holds no code."""
+        from safetensors.torch import save
+
+        about = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "facts": self.facts,
+            "objective": asdict(self.objective),
+            "temperature": self.temperature,
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        # One key: safetensors writes several in an order of its own, and equal models should be equal files.
+        write_atomically(path, save(tensors, {"wsi": json.dumps(about, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Member":
+        """Read a member.
+
+        Raises:
+            ModelMismatchError: the file is none of ours, damaged, or of a model this release does not know so.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                about = json.loads((file.metadata() or {})["wsi"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            if (about["format"], about["version"]) != (_FORMAT, _VERSION):
+                raise ModelMismatchError(f"{path}: not a model of this release, which reads {_FORMAT} {_VERSION}")
+            facts = about["facts"]
+            member = cls(facts, Objective.from_facts(about["objective"]), Scaling.identity(facts["dim"]))
+            member.temperature = float(about["temperature"])
+            member.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ModelMismatchError(f"{path}: cannot be used as a model ({error}); train it again") from error
+        return member.to(device).eval()

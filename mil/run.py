@@ -1,0 +1,313 @@
+"""RunFolder: a training run on disk, fold by fold; what is finished is whole and never done again.
+
+::
+
+    RUN/
+      run.json                what was trained on what: format, version, config, target, features, digest of the cohort
+      cohort.csv              case, patient, slides, label, event, site, fold of each case
+      left_out.csv            slides that took no part, and why
+      splits.json             who is trained on and who is tested
+      environment.json        versions, machine, threads
+      folds/<fold>/           appears whole, by one rename
+        metrics.json  predictions.csv  curve.csv  member-0.safetensors …
+      predictions.csv         all folds' test parts, a row a case
+      metrics.json            every metric with its interval over patients
+"""
+
+import csv
+import io
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from features.keys import safe_name
+from mil.cohort import Cases, Cohort
+from mil.config import TrainConfig
+from mil.member import Member
+from mil.metrics import measure
+from mil.models import build_model
+from mil.predictions import Predictions
+from mil.result import Result
+from mil.splits import Fold, make_folds
+from mil.target import Target
+from mil.train import Epoch, Observer, TrainedFold, train_fold
+from wsi._files import fsync_folder, fsync_tree, write_atomically
+from wsi._version import __version__
+from wsi.errors import NotExtractedError, RunMismatchError, StoreFormatError
+
+__all__ = ["FORMAT_VERSION", "RunFolder", "cross_validate"]
+
+FORMAT_VERSION = 1
+_PACKAGES = ("torch", "numpy", "scikit-learn", "lifelines", "scipy", "zarr")
+
+
+def cross_validate(
+    cohort: Cohort,
+    config: TrainConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Train and test on each fold in turn.
+
+    Args:
+        out: the run's folder. Folds that are finished there are taken as they are, so that the same call goes on after a
+            kill; without it nothing is kept on disk.
+
+    Raises:
+        CohortError: the cohort does not allow these folds.
+        RunMismatchError: ``out`` holds a run of another cohort or configuration.
+    """
+    config = config or TrainConfig()
+    build_model(config.model, cohort.source.dim, 2, **config.hyper)  # a wrong name is said before any bag is read
+    cases = cohort.cases(config.fusion)
+    folds = make_folds(cases, cohort.target, by=config.split_by, folds=config.folds, seed=config.seed)
+    run = None if out is None else RunFolder.create(Path(out), cohort, cases, folds, config)
+    trained = []
+    for number, fold in enumerate(folds):
+        if observer is not None:
+            observer.fold_started(fold, number, len(folds))
+        done = None if run is None else run.read_fold(fold)
+        result = done or train_fold(cohort, cases, fold, number, config, observer)
+        if run is not None and done is None:
+            run.write_fold(result)
+        trained.append(result)
+        if observer is not None:
+            observer.fold_finished(fold, measure(result.predictions), resumed=done is not None)
+    result_of_all = Result(config, cohort.target, cohort.source.facts, tuple(trained), cases, cohort)
+    if run is not None:
+        run.write_summary(result_of_all)
+    return result_of_all
+
+
+class RunFolder:
+    """A run on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            about = json.loads((root / "run.json").read_bytes())
+            kind, format_version = about["format"], about["version"]
+        except FileNotFoundError as error:
+            raise NotExtractedError(
+                f"{root}: no training run here (run.json is missing); make one with wsi train"
+            ) from error
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StoreFormatError(f"{root}: run.json is damaged ({error}); train into another folder") from error
+        if (kind, format_version) != ("wsi-mil-run", FORMAT_VERSION):
+            raise StoreFormatError(f"{root}: a {kind} of version {format_version}; this release reads {FORMAT_VERSION}")
+        self.about: dict[str, Any] = about
+        self.config = TrainConfig.from_json(json.dumps(about["config"]), where=f"{root / 'run.json'}")
+        self.target = Target(about["target"]["name"], about["target"]["kind"], tuple(about["target"]["classes"]))
+
+    @classmethod
+    def create(
+        cls, root: Path, cohort: Cohort, cases: Cases, folds: Sequence[Fold], config: TrainConfig
+    ) -> "RunFolder":
+        """The run at ``root``, made where there is none.
+
+        Raises:
+            RunMismatchError: there is one, of another cohort or configuration.
+        """
+        about = {
+            "format": "wsi-mil-run",
+            "version": FORMAT_VERSION,
+            "config": asdict(config),
+            "target": asdict(cohort.target),
+            "features": dict(cohort.source.facts),
+            "dim": cohort.source.dim,
+            "cohort": cohort.fingerprint,
+            "labels": cohort.name,
+            "created_by": f"wsi-engine {__version__}",
+        }
+        about = json.loads(json.dumps(about))  # as it reads back
+        if (root / "run.json").exists():
+            run = cls(root)
+            for what in ("config", "target", "features", "cohort"):
+                if run.about[what] != about[what]:
+                    changed = (
+                        _changes(run.about[what], about[what]) if what in ("config", "features") else f"another {what}"
+                    )
+                    raise RunMismatchError(
+                        f"{root}: holds a run that differs ({changed}); give another --out, or what it was made with"
+                    )
+        else:
+            root.mkdir(parents=True, exist_ok=True)
+            write_atomically(root / "cohort.csv", _cohort_table(cohort, cases).encode())
+            write_atomically(root / "left_out.csv", _table(("slide", "reason"), cohort.left_out).encode())
+            names = {
+                fold.name: {part: [cases.names[i] for i in getattr(fold, part)] for part in ("train", "test")}
+                for fold in folds
+            }
+            write_atomically(root / "splits.json", json.dumps(names, indent=1).encode())
+            write_atomically(root / "environment.json", json.dumps(_environment(), indent=1).encode())
+            write_atomically(root / "run.json", json.dumps(about, indent=1).encode())  # last: with it the run is there
+        for left_over in (root / "folds").glob(".*.partial"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        return cls(root)
+
+    def folder(self, fold: str) -> Path:
+        """Where a fold is, or will be."""
+        return self.root / "folds" / safe_name(fold)
+
+    def write_fold(self, trained: TrainedFold) -> None:
+        """Put a finished fold into place, whole. Where another process was faster, theirs stays."""
+        final = self.folder(trained.fold.name)
+        staging = final.with_name(f".{uuid.uuid4().hex}.partial")
+        staging.mkdir(parents=True)
+        try:
+            for i, member in enumerate(trained.members):
+                member.save(staging / f"member-{i}.safetensors")
+            trained.predictions.write(staging / "predictions.csv")
+            write_atomically(staging / "curve.csv", _table(Epoch._fields, trained.curve).encode())
+            about = {
+                "fold": trained.fold.name,
+                "members": len(trained.members),
+                "metrics": _finite(measure(trained.predictions)),
+            }
+            write_atomically(staging / "metrics.json", json.dumps(about, indent=1).encode())
+            fsync_tree(staging)
+            if not final.exists():
+                staging.rename(final)
+                fsync_folder(final.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def read_fold(self, fold: Fold, *, device: torch.device | str = "cpu") -> TrainedFold | None:
+        """A finished fold, or None where it is not there yet."""
+        folder = self.folder(fold.name)
+        if not folder.is_dir():
+            return None
+        members = tuple(Member.load(path, device) for path in sorted(folder.glob("member-*.safetensors"), key=_number))
+        curve = tuple(_epoch(row) for row in _rows(folder / "curve.csv"))
+        return TrainedFold(fold, members, curve, Predictions.read(folder / "predictions.csv", self.target))
+
+    def read_all(self) -> Result:
+        """The whole run as a result; without its cohort, so that heatmaps need a store.
+
+        Raises:
+            NotExtractedError: a fold is not finished.
+        """
+        rows = _rows(self.root / "cohort.csv")
+        index = {row["case"]: i for i, row in enumerate(rows)}
+        trained = []
+        for name, parts in json.loads((self.root / "splits.json").read_bytes()).items():
+            fold = Fold(name, *(tuple(index[case] for case in parts[part]) for part in ("train", "test")))
+            done = self.read_fold(fold)
+            if done is None:
+                raise NotExtractedError(f"{self.root}: fold {name} is not finished; run the same wsi train again")
+            trained.append(done)
+        return Result(self.config, self.target, self.about["features"], tuple(trained), _cases(rows, self.target), None)
+
+    def write_summary(self, result: Result) -> None:
+        """Predictions and metrics of all folds together."""
+        result.predictions.write(self.root / "predictions.csv")
+        about = {
+            "folds": {each.fold.name: _finite(measure(each.predictions)) for each in result.folds},
+            "pooled": {name: _finite(value._asdict()) for name, value in result.intervals().items()},
+        }
+        write_atomically(self.root / "metrics.json", json.dumps(about, indent=1).encode())
+
+
+def _changes(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    return ", ".join(f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked" for key in keys)
+
+
+def _environment() -> dict[str, Any]:
+    packages: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "wsi-engine": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if value == value else None for name, value in metrics.items()}  # noqa: PLR0124
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _cohort_table(cohort: Cohort, cases: Cases) -> str:
+    slides: list[list[str]] = [[] for _ in cases.names]
+    for owner, bag in zip(cases.owner, cases.bags, strict=True):
+        slides[owner].extend(bag)
+    target = cohort.target
+    rows = [
+        (
+            name,
+            cases.patients[i],
+            json.dumps(slides[i]),
+            target.classes[int(cases.y[i])] if target.is_classes else repr(float(cases.y[i])),
+            int(cases.event[i]),
+            cases.sites[i] if cases.sites else "",
+            cases.splits[i] if cases.splits else "",
+        )
+        for i, name in enumerate(cases.names)
+    ]
+    return _table(("case", "patient", "slides", "label", "event", "site", "split"), rows)
+
+
+def _cases(rows: list[dict[str, str]], target: Target) -> Cases:
+    """Cases as ``_cohort_table`` wrote them; each slide is a bag of its own, for whoever only wants to know whose it is."""
+    import numpy as np
+
+    slides = [json.loads(row["slides"]) for row in rows]
+    return Cases(
+        names=tuple(row["case"] for row in rows),
+        patients=tuple(row["patient"] for row in rows),
+        y=np.array(
+            [target.classes.index(row["label"]) if target.is_classes else float(row["label"]) for row in rows], float
+        ),
+        event=np.array([row["event"] == "1" for row in rows], bool),
+        sites=None,
+        splits=None,
+        bags=tuple((slide,) for each in slides for slide in each),
+        owner=np.array([i for i, each in enumerate(slides) for _ in each], np.int64),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise StoreFormatError(
+            f"{path}: cannot be read ({error.strerror}); the run is damaged, train it again"
+        ) from error
+
+
+def _epoch(row: dict[str, str]) -> Epoch:
+    lr, loss, stop_loss = (float(row[key]) for key in ("lr", "loss", "stop_loss"))
+    return Epoch(int(row["member"]), int(row["epoch"]), lr, loss, stop_loss, row["kept"] == "True")
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])

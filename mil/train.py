@@ -1,0 +1,311 @@
+"""Training: the loop, short enough to read at once, and cross-validation around it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mil.bag import Bag, Batch, collate
+from mil.calibration import fit_temperature
+from mil.cohort import Cases, Cohort
+from mil.config import TrainConfig
+from mil.member import Member, Scaling
+from mil.objective import fit_objective
+from mil.predictions import Predictions
+from mil.splits import Fold, validation_parts
+from wsi.errors import DeviceError, UsageError
+
+__all__ = [
+    "Epoch",
+    "Examples",
+    "Observer",
+    "TrainedFold",
+    "answer_cases",
+    "fit_scaling",
+    "pick_device",
+    "train_fold",
+    "train_member",
+]
+
+
+class Epoch(NamedTuple):
+    """One line of a learning curve; ``stop_loss`` is that of the validation part, NaN without one."""
+
+    member: int
+    epoch: int
+    lr: float
+    loss: float
+    stop_loss: float
+    kept: bool
+
+
+class Observer(Protocol):
+    """Is told how training goes."""
+
+    def fold_started(self, fold: Fold, number: int, total: int) -> None: ...
+
+    def epoch_done(self, fold: Fold, epoch: Epoch) -> None: ...
+
+    def fold_finished(self, fold: Fold, metrics: dict[str, float], *, resumed: bool) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Bags with labels, read when asked for."""
+
+    cohort: Cohort
+    cases: Cases
+
+    def bag(self, index: int) -> Bag:
+        return self.cohort.read(self.cases.bags[index])
+
+    def labels(self, bags: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """(B,) labels float64 and (B,) events bool of these bags."""
+        owner = self.cases.owner[np.asarray(bags, np.int64)]
+        return torch.from_numpy(self.cases.y[owner]), torch.from_numpy(self.cases.event[owner])
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedFold:
+    """What a fold came to: its models, their curves, and the answers for its test part."""
+
+    fold: Fold
+    members: tuple[Member, ...]
+    curve: tuple[Epoch, ...]
+    predictions: Predictions
+
+
+def train_fold(
+    cohort: Cohort, cases: Cases, fold: Fold, number: int, config: TrainConfig, observer: Observer | None = None
+) -> TrainedFold:
+    """Train the members of one fold and let them answer for its test part.
+
+    Whatever is fitted (scaling, units, intervals, weights, temperature) sees the fold's training part alone. The same
+    cohort, fold and configuration give the same bits on a CPU with the same number of threads.
+    """
+    examples = Examples(cohort, cases)
+    device = pick_device(config.device)
+    train = list(fold.train)
+    objective = fit_objective(cohort.target, config, cases.y[train], cases.event[train])
+    dim = cohort.source.dim
+    all_bags = cases.bags_of(train)
+    scaling = fit_scaling(examples, all_bags) if config.scale == "standard" else Scaling.identity(dim)
+    strata = cohort.target.strata(cases.y, cases.event)
+    seeds = np.random.SeedSequence([config.seed, number]).generate_state(config.members + 1)
+    cuts: list[tuple[list[int], list[int]]] = [(train, [])] * config.members
+    if config.inner > 1:
+        cuts = validation_parts(strata, cases.patients, train, parts=config.inner, seed=int(seeds[-1]))
+    facts = {"model": config.model, "hyper": dict(config.hyper), "dim": dim, "features": dict(cohort.source.facts)}
+    members, curve = [], []
+    for index in range(config.members):
+        fit, stop = (cases.bags_of(part) for part in cuts[index])
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # whoever calls keeps his own luck
+            torch.manual_seed(int(seeds[index]))
+            member = Member(facts, objective, deepcopy(scaling)).to(device)
+            for epoch in train_member(member, examples, fit, stop, config, np.random.default_rng(seeds[index])):
+                curve.append(epoch._replace(member=index))
+                if observer is not None:
+                    observer.epoch_done(fold, curve[-1])
+        if config.calibrate and len(stop) and objective.is_classes:
+            logits = torch.stack([member.logits(examples.bag(i)) for i in stop]).double().numpy()
+            member.temperature = fit_temperature(logits, examples.labels(stop)[0].long().numpy())
+        members.append(member.cpu())
+    answers = answer_cases(members, cohort, cases, fold.test, device)
+    return TrainedFold(fold, tuple(members), tuple(curve), _predictions(cohort, cases, fold, answers))
+
+
+def train_member(
+    member: Member,
+    examples: Examples,
+    fit: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    config: TrainConfig,
+    rng: np.random.Generator,
+) -> Iterator[Epoch]:
+    """Train in place, an epoch at a time; in the end the member has its best weights.
+
+    Best is the lowest loss on ``stop``; without such bags, the last. Steps: AdamW on a cosine schedule with warm-up, a
+    moving average of the weights, which is what is judged and kept.
+    """
+    device, objective = member.device, member.objective
+    optimizer = torch.optim.AdamW(_parameter_groups(member, config.weight_decay), lr=config.lr)
+    passes = math.ceil(len(fit) / config.batch_size)
+    steps = math.ceil(passes / config.accumulate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, _cosine(config.warmup_epochs * steps, config.epochs * steps)
+    )
+    average = deepcopy(member).eval()
+    autocast, scaler = _half_precision(config.precision, device)
+    best, since, step = math.inf, 0, 0
+    for number in range(config.epochs):
+        member.train()
+        total, rate = 0.0, optimizer.param_groups[0]["lr"]
+        for i, (batch, y, event) in enumerate(_batches(examples, fit, config, rng)):
+            batch, y, event = batch.to(device), y.to(device), event.to(device)  # noqa: PLW2901 - the same, elsewhere
+            scaled = member.scaling(batch)
+            dropped = Batch(F.dropout(scaled.features, config.feature_dropout), scaled.mask, scaled.xy)
+            with autocast:
+                output = member.model(dropped)
+                loss = objective(output.logits, y, event)
+                if objective.is_classes:
+                    auxiliary = member.model.auxiliary_loss(dropped, output, y.long())
+                    loss = member.model.bag_weight * loss + auxiliary
+            if not torch.isfinite(loss):
+                raise UsageError(
+                    f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({config.lr:g})"
+                )
+            in_step = min(config.accumulate, passes - i // config.accumulate * config.accumulate)
+            scaler.scale(loss / in_step).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach()) * len(y)
+            if (i + 1) % config.accumulate == 0 or i + 1 == passes:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                schedule.step()
+                step += 1
+                # The first steps count for less the more follow: a plain average would keep the random start for long.
+                _follow(average, member, min(config.average, step / (step + 10)))
+        judged = _loss(average, examples, stop) if len(stop) else math.nan
+        kept = not judged >= best  # also where nobody judges
+        if kept:
+            best, since = judged if len(stop) else math.inf, 0
+            kept_state = deepcopy(average.state_dict())
+        else:
+            since += 1
+        yield Epoch(0, number + 1, rate, total / len(fit), judged, kept)
+        if since >= config.patience:
+            break
+    member.load_state_dict(kept_state)
+    member.eval()
+
+
+def answer_cases(
+    members: Sequence[Member], cohort: Cohort, cases: Cases, which: Sequence[int], device: torch.device | str = "cpu"
+) -> NDArray[np.float64]:
+    """(len(which), P) answers: the mean over the members and over the bags of a case."""
+    members = [member.to(device).eval() for member in members]
+    rows = []
+    for case in which:
+        of_bags = []
+        for index in cases.bags_of([case]):
+            bag = cohort.read(cases.bags[index])
+            of_bags += [member.answer(member.logits(bag)[None])[0] for member in members]
+        rows.append(torch.stack(of_bags).mean(0).numpy())
+    return np.stack(rows)
+
+
+def fit_scaling(examples: Examples, bags: NDArray[np.int64]) -> Scaling:
+    """Mean and deviation of each feature over all tiles of these bags; a feature that never varies is left as it is."""
+    n, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for index in bags:
+        x = examples.bag(int(index)).features.double()  # (N, D)
+        there = x.mean(0)
+        delta = there - mean
+        squares = squares + x.sub(there).square().sum(0) + delta.square() * (n * len(x) / (n + len(x)))
+        mean = mean + delta * (len(x) / (n + len(x)))
+        n += len(x)
+    deviation = (squares / n).sqrt()
+    return Scaling(mean, torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, torch.ones_like(deviation)))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); take cpu or auto") from error
+    return device
+
+
+def _batches(
+    examples: Examples, bags: NDArray[np.int64], config: TrainConfig, rng: np.random.Generator
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    order = rng.permutation(bags)
+    for start in range(0, len(order), config.batch_size):
+        chosen = order[start : start + config.batch_size]
+        drawn = [_drawn(examples.bag(int(index)), config, rng) for index in chosen]
+        yield collate(drawn), *examples.labels(chosen)
+
+
+def _drawn(bag: Bag, config: TrainConfig, rng: np.random.Generator) -> Bag:
+    """A bag with some of its tiles left out by chance, at most ``max_tiles`` left, in their order."""
+    keep = np.flatnonzero(rng.random(len(bag)) >= config.tile_dropout)
+    if not len(keep):
+        keep = rng.integers(0, len(bag), 1)
+    if len(keep) > config.max_tiles:
+        keep = np.sort(rng.choice(keep, config.max_tiles, replace=False))
+    if len(keep) == len(bag):
+        return bag
+    index = torch.from_numpy(keep)
+    return Bag(bag.features[index], None if bag.xy is None else bag.xy[index], bag.key)
+
+
+@torch.no_grad()
+def _follow(average: Member, member: Member, decay: float) -> None:
+    """Move the average's weights towards the member's; whatever is no weight (running means) is taken over."""
+    for kept, live in zip(average.parameters(), member.parameters(), strict=True):
+        kept.lerp_(live, 1 - decay)
+    for stays, found in zip(average.buffers(), member.buffers(), strict=True):
+        stays.copy_(found)
+
+
+@torch.no_grad()
+def _loss(member: Member, examples: Examples, bags: NDArray[np.int64]) -> float:
+    """The objective over bags taken together, each with all of its tiles."""
+    logits = torch.stack([member.logits(examples.bag(int(index))) for index in bags])
+    return float(member.objective(logits, *examples.labels(bags)))
+
+
+def _cosine(warm: int, total: int) -> Any:
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+
+    return factor
+
+
+def _parameter_groups(member: Member, weight_decay: float) -> list[dict[str, Any]]:
+    """Biases and norms are vectors, and not decayed."""
+    parameters = list(member.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _half_precision(precision: str, device: torch.device) -> tuple[Any, torch.amp.GradScaler]:
+    """Autocast and loss scaling for what was asked; on a CPU ``"auto"`` is float32, which repeats to the bit."""
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    context = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return context, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def _predictions(cohort: Cohort, cases: Cases, fold: Fold, answers: NDArray[np.float64]) -> Predictions:
+    test = list(fold.test)
+    return Predictions(
+        cohort.target,
+        tuple(cases.names[i] for i in test),
+        tuple(cases.patients[i] for i in test),
+        cases.y[test],
+        cases.event[test],
+        answers,
+        (fold.name,) * len(test),
+    )
