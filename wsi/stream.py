@@ -24,6 +24,7 @@ from wsi.slide import Slide
 
 __all__ = ["TileBatch", "TileJob", "TileSpan", "TileStream", "available_cores", "default_read_threads", "stream_jobs"]
 
+_NO_TILES = np.empty((0, 0, 0, 3), np.uint8)
 _KEPT_BYTES = 256 << 20  # of decoded cells that wait for tiles further on; past it some are decoded again
 _KEPT_CELLS = 64  # so many are kept whatever their size: those under the tiles being put together are among them
 
@@ -212,10 +213,10 @@ class _Batch:
     def is_whole(self) -> bool:
         return self.is_planned and self.made == self.planned
 
-    def freeze(self, release: Callable[[Pixels], None]) -> TileBatch:
+    def freeze(self, release: Callable[["_Batch"], None]) -> TileBatch:
         n = self.planned
         ends = tuple(self.spans), tuple(self.ended)
-        return TileBatch(self.pixels[:n], self.readable[:n], *ends, lambda: release(self.pixels))
+        return TileBatch(self.pixels[:n], self.readable[:n], *ends, lambda: release(self))
 
 
 class _Scratch:
@@ -328,10 +329,16 @@ class _Pool:
                     raise self._error
                 if self._batches and self._batches[0].is_whole:
                     self._changed.notify_all()  # there is room for another
-                    return self._batches.popleft().freeze(self._free.append)
+                    return self._batches.popleft().freeze(self._take_back)
                 if self._is_over and not self._batches:
                     return None
                 self._changed.wait()
+
+    def _take_back(self, batch: _Batch) -> None:
+        """A batch's memory, for another; given back twice it is taken once."""
+        pixels, batch.pixels = batch.pixels, _NO_TILES
+        if len(pixels):
+            self._free.append(pixels)
 
     def stop(self) -> None:
         """Have the threads end, as soon as what they wait for has come."""
@@ -483,8 +490,7 @@ class _Pool:
             if self._batches:
                 self._batches[-1].ended.append(job)
             else:  # its tiles have all been taken, or there are none
-                nothing = np.empty((0, 0, 0, 3), np.uint8)
-                self._batches.append(_Batch(nothing, np.empty(0, np.bool_), ended=[job], is_planned=True))
+                self._batches.append(_Batch(_NO_TILES, np.empty(0, np.bool_), ended=[job], is_planned=True))
                 self._changed.notify_all()
 
 

@@ -152,6 +152,26 @@ def test_jobs_follow_each_other_in_full_batches() -> None:
     assert all(tiles == list(range(job.first, len(job.grid))) for job, tiles in seen.items())
 
 
+def test_memory_that_is_given_back_serves_one_later_batch() -> None:
+    """Also after a slide without tiles, and where it is given back twice."""
+    slide = slide_of(Tiled(picture()))
+    job = TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=32)))
+    empty = TileJob(slide, replace(job.grid, xy=job.grid.xy[:0], tissue=job.grid.tissue[:0]))
+    expected = [slide.read_tile(job.grid, index) for index in range(len(job.grid))]
+    memory, held = set(), None
+    for batch in stream_jobs([empty, job], batch_size=8, ahead=2):
+        if held is not None:  # the last one is looked at again before its memory is free
+            np.testing.assert_array_equal(held.pixels, expected[held.start : held.start + len(held)])
+            held.release()
+            held.release()
+        held = batch if len(batch) else None
+        if held is None:
+            batch.release()
+        else:
+            memory.add(batch.pixels.ctypes.data)
+    assert 2 <= len(memory) <= 5
+
+
 def test_a_job_that_fails_leaves_the_others_alone() -> None:
     def gone(place: Any) -> None:
         if place == (96, 64):
