@@ -199,7 +199,8 @@ def _directed_edges(region: shapely.Geometry) -> NDArray[np.float64]:
     shell = np.append(True, polygon[1:] != polygon[:-1])
     turned = (doubled > 0) == shell
     edges[turned[ring]] = edges[turned[ring]][:, [2, 3, 0, 1]]
-    return edges[edges[:, 1] != edges[:, 3]]
+    steep: NDArray[np.float64] = edges[edges[:, 1] != edges[:, 3]]
+    return steep
 
 
 def _cell_areas(

@@ -170,9 +170,10 @@ def _tissue(image: _Pixels, um: float, options: TissueOptions) -> _Mask:
         light = (light[0][inner], light[1][inner], light[2][inner])
         chroma[rows] = _chroma(light)
         inked[rows], black[rows] = _ink_colours(light, chroma[rows])
-    del smooth
+    del smooth, light  # a large slide's planes are let go as soon as they are not needed
 
     ink = _ink(inked, black, um, options)
+    del inked, black
     rim = _grown(ink, _RIM_UM / um)
     least = max(options.min_chroma, _NOISE * _median(chroma[seen]))
     like, seeds = fine, seen  # in their place
@@ -186,6 +187,7 @@ def _tissue(image: _Pixels, um: float, options: TissueOptions) -> _Mask:
         seeds[rows] = like[rows] & (chroma[rows] >= _SEED * least)
     del chroma
     tissue = _touched(_closed(like, options.gap_um / 2 / um), seeds)
+    del fine, seen, like, seeds
     tissue &= ~rim
 
     if ink.any():
@@ -193,6 +195,7 @@ def _tissue(image: _Pixels, um: float, options: TissueOptions) -> _Mask:
         beyond = math.ceil(reach) + 1  # tissue on one side and the picture's edge on the other is no crossing
         crossed = _closed(np.pad(tissue, beyond), reach)[beyond:-beyond, beyond:-beyond]
         tissue |= rim & crossed
+    del ink, rim
     tissue = _filled(tissue, options.min_hole_um2 / um**2)
     return _sizeable(tissue, options.min_area_um2 / um**2, options.min_width_um / um)
 
