@@ -43,7 +43,7 @@ def create_array(
     shard = SHARD_ROWS if rows > SHARD_ROWS else max(1, -(-rows // CHUNK_ROWS)) * CHUNK_ROWS
     about = json.loads(_description(shard, CHUNK_ROWS, shape[1:], dtype, dimension_names)) | {"shape": list(shape)}
     folder.mkdir(parents=True)
-    (folder / "zarr.json").write_bytes(json.dumps(about, indent=2).encode())
+    (folder / "zarr.json").write_bytes(json.dumps(about).encode())
     place = StorePath(LocalStore(folder))
     return zarr.Array(zarr.AsyncArray(about, place, config={"write_empty_chunks": True}))
 
@@ -170,7 +170,7 @@ def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
     """Make a folder a Zarr v3 group, https://zarr-specs.readthedocs.io/en/latest/v3/core/#group-metadata."""
     folder.mkdir(exist_ok=True)
     group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-    (folder / "zarr.json").write_bytes(json.dumps(group, indent=2, allow_nan=False).encode())
+    (folder / "zarr.json").write_bytes(json.dumps(group, allow_nan=False).encode())
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:

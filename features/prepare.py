@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,18 +86,18 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
         if existing is not None and is_current(existing, source, options):
             return Prepared(slide, existing, tuple(_mpp_notes(slide, existing.grid, options.tiling)))
         gridded = grid_slide(slide, source, options)
-        picture = draw_overview(_picture_view(slide, gridded.view), gridded.outlines, gridded.grid)
         outlines = store.root / "tissue" / f"{key}.geojson"
-        with disk_errors(store.root):
+        with disk_errors(store.root), ThreadPoolExecutor(1) as aside:
+            picture = aside.submit(_write_picture, store.root / "thumbnails" / f"{key}.jpg", slide, gridded)
             if (
                 gridded.given is None or gridded.given.resolve() != outlines.resolve()
             ):  # else a person edits that very file
                 write_geojson(outlines, gridded.outlines, slide.frame)
-            write_atomically(store.root / "thumbnails" / f"{key}.jpg", jpeg_bytes(picture))
-        provenance = {
-            "slide": _slide_facts(slide, source, key),
-            "tissue": gridded.facts | {"geojson_sha256": _digest(outlines)},
-        }
+            provenance = {
+                "slide": _slide_facts(slide, source, key),
+                "tissue": gridded.facts | {"geojson_sha256": _digest(outlines)},
+            }
+            picture.result()
         notes = gridded.notes
         if existing is not None:  # last, so that whatever failed above has cost nothing
             aside = replace_slide(store, key).relative_to(store.root)
@@ -180,6 +181,11 @@ def _check_source(about: dict[str, Any], source: SlideSource) -> None:
             f"{path}: not the file its features were made from (they differ in size or content); write to another OUT, or "
             f"delete the slide from the store with wsi remove"
         )
+
+
+def _write_picture(path: Path, slide: Slide, gridded: Gridded) -> None:
+    picture = draw_overview(_picture_view(slide, gridded.view), gridded.outlines, gridded.grid)
+    write_atomically(path, jpeg_bytes(picture))
 
 
 def _picture_view(slide: Slide, seen: Overview | None) -> Overview:

@@ -96,7 +96,7 @@ class TissueOptions:
         The outlines' tolerance, which is a share of a pixel, grows with it.
         """
         mpp = max(self.mpp, math.sqrt(size_um[0] * size_um[1] / MAX_PIXELS))
-        return self if mpp == self.mpp else replace(self, mpp=mpp, tolerance_um=self.tolerance_um * mpp / self.mpp)
+        return self if mpp == self.mpp else replace(self, mpp=mpp, tolerance_um=mpp * (self.tolerance_um / self.mpp))
 
 
 _DEFAULT = TissueOptions()
