@@ -87,8 +87,8 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
             return Prepared(slide, existing, tuple(_mpp_notes(slide, existing.grid, options.tiling)))
         gridded = grid_slide(slide, source, options)
         outlines = store.root / "tissue" / f"{key}.geojson"
-        with disk_errors(store.root), ThreadPoolExecutor(1) as aside:
-            picture = aside.submit(_write_picture, store.root / "thumbnails" / f"{key}.jpg", slide, gridded)
+        with disk_errors(store.root), ThreadPoolExecutor(1) as pool:
+            picture = pool.submit(_write_picture, store.root / "thumbnails" / f"{key}.jpg", slide, gridded)
             if (
                 gridded.given is None or gridded.given.resolve() != outlines.resolve()
             ):  # else a person edits that very file
