@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore, StorePath
 
 from wsi.errors import StoreCorruptError
 
@@ -26,6 +28,7 @@ __all__ = [
     "row_blocks",
     "rows_digest",
     "seal",
+    "write_group",
 ]
 
 CHUNK_ROWS = 512
@@ -33,27 +36,40 @@ SHARD_ROWS = 4096
 
 
 def create_array(
-    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, dimension_names: tuple[str, ...]
+    folder: Path, shape: tuple[int, ...], dtype: str, dimension_names: tuple[str, ...]
 ) -> "zarr.Array[Any]":
-    """A new array at its full size, in shards of 4096 rows that are only ever written whole.
+    """A new array in a new folder, at its full size, in shards of 4096 rows that are only ever written whole."""
+    rows = shape[0]
+    shard = SHARD_ROWS if rows > SHARD_ROWS else max(1, -(-rows // CHUNK_ROWS)) * CHUNK_ROWS
+    about = json.loads(_description(shard, CHUNK_ROWS, shape[1:], dtype, dimension_names)) | {"shape": list(shape)}
+    folder.mkdir(parents=True)
+    (folder / "zarr.json").write_bytes(json.dumps(about).encode())
+    place = StorePath(LocalStore(folder))
+    return zarr.Array(zarr.AsyncArray(about, place, config={"write_empty_chunks": True}))
+
+
+@cache
+def _description(
+    shard_rows: int, chunk_rows: int, columns: tuple[int, ...], dtype: str, dimension_names: tuple[str, ...]
+) -> bytes:
+    """What zarr writes of such an array of one shard. It takes milliseconds, and thousands of arrays are alike.
 
     zarr's defaults would let flipped bits, lost chunks and half-written arrays read back as good data. Here a checksum
     is verified before any decompressor sees the bytes, every chunk is written, and the fill value of floats is NaN.
     """
-    rows = shape[0]
-    shard = SHARD_ROWS if rows > SHARD_ROWS else max(1, -(-rows // CHUNK_ROWS)) * CHUNK_ROWS
-    return zarr.create_array(
-        store=group.store_path / name,
-        shape=shape,
+    written: dict[str, Any] = {}
+    zarr.create_array(
+        store=written,
+        shape=(shard_rows, *columns),
         dtype=dtype,
-        chunks=(CHUNK_ROWS, *shape[1:]),
-        shards=(shard, *shape[1:]),
+        chunks=(chunk_rows, *columns),
+        shards=(shard_rows, *columns),
         compressors=(ZstdCodec(level=1), Crc32cCodec()),
         filters=None,
         fill_value=float("nan") if np.dtype(dtype).kind == "f" else 0,
         dimension_names=dimension_names,
-        config={"write_empty_chunks": True},
     )
+    return bytes(written["zarr.json"].to_bytes())
 
 
 def open_array(path: Path) -> "zarr.Array[Any]":
@@ -82,15 +98,23 @@ def rows_digest(rows: NDArray[Any]) -> str:
     return hashlib.sha256(_bytes(rows)).hexdigest()
 
 
-def array_facts(array: "zarr.Array[Any]") -> dict[str, object]:
+def array_facts(array: "zarr.Array[Any]", shards: Sequence[str] | None = None) -> dict[str, object]:
     """Shape, dtype and digest of what reads back from disk, shard by shard in bounded memory.
 
+    Args:
+        shards: the digest of each shard's rows as they were written, to be compared with.
+
     Raises:
-        StoreCorruptError: a chunk cannot be decoded.
+        StoreCorruptError: a chunk cannot be decoded, or holds something else.
     """
     digest = hashlib.sha256()
-    for block in row_blocks(array.shape[0]):
-        digest.update(_bytes(read_rows(array, block)))
+    for index, block in enumerate(row_blocks(array.shape[0])):
+        rows = read_rows(array, block)
+        if shards is not None and rows_digest(rows) != shards[index]:
+            raise StoreCorruptError(
+                f"{array.store_path}: what reads back is not what was written; check the disk and run again"
+            )
+        digest.update(_bytes(rows))
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest.hexdigest()}
 
 
@@ -134,9 +158,19 @@ def check_files(folder: Path, promised: Mapping[str, Mapping[str, object]], *, d
     return problems
 
 
-def seal(group: zarr.Group, manifest: Mapping[str, Any]) -> None:
-    """Write a manifest into a group, with a digest of itself: the last thing before a folder is renamed into place."""
-    group.attrs["wsi"] = {**manifest, "complete": True, "manifest_sha256": manifest_digest(manifest)}
+def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Make a folder of arrays a group that holds a manifest, with a digest of itself: the last thing before it is renamed
+    into place.
+    """
+    signed = {**manifest, "complete": True, "manifest_sha256": manifest_digest(manifest)}
+    write_group(folder, {"wsi": signed})
+
+
+def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
+    """Make a folder a Zarr v3 group, https://zarr-specs.readthedocs.io/en/latest/v3/core/#group-metadata."""
+    folder.mkdir(exist_ok=True)
+    group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    (folder / "zarr.json").write_bytes(json.dumps(group, allow_nan=False).encode())
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:

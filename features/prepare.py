@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from wsi.geojson import read_geojson, write_geojson
 from wsi.grid import TileGrid, Tiling
 from wsi.picture import draw_overview, jpeg_bytes
 from wsi.readers import is_remote
-from wsi.slide import Slide, fingerprint, region_of
+from wsi.slide import Overview, Slide, fingerprint, region_of
 from wsi.tissue import TissueOptions
 
 __all__ = ["PrepareOptions", "Prepared", "grid_slide", "is_current", "prepare_slide"]
 
 IGNORED_CLASS = "Ignore*"  # QuPath's own class for what is to be left out: it is cut out of given tissue
-_PICTURE_PX = 2048
+_PICTURE_PX, _LEAST_PICTURE_PX = 2048, 512  # longer side of the picture: of large slides, and of those where it costs
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Gridded:
-    """A slide's tissue and tiles, nothing written yet; ``given`` is the file the outlines came from, if they did."""
+    """A slide's tissue and tiles, nothing written yet.
+
+    ``given`` is the file the outlines came from, ``view`` the picture that they were found in: one of them is there.
+    """
 
     outlines: tuple[Annotation, ...]
     grid: TileGrid
     facts: dict[str, Any]
     notes: tuple[str, ...]
     given: Path | None = None
+    view: Overview | None = None
 
 
 def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: PrepareOptions) -> Prepared:
@@ -81,18 +86,18 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
         if existing is not None and is_current(existing, source, options):
             return Prepared(slide, existing, tuple(_mpp_notes(slide, existing.grid, options.tiling)))
         gridded = grid_slide(slide, source, options)
-        picture = draw_overview(slide.overview(max_px=_PICTURE_PX), gridded.outlines, gridded.grid)
         outlines = store.root / "tissue" / f"{key}.geojson"
-        with disk_errors(store.root):
+        with disk_errors(store.root), ThreadPoolExecutor(1) as pool:
+            picture = pool.submit(_write_picture, store.root / "thumbnails" / f"{key}.jpg", slide, gridded)
             if (
                 gridded.given is None or gridded.given.resolve() != outlines.resolve()
             ):  # else a person edits that very file
                 write_geojson(outlines, gridded.outlines, slide.frame)
-            write_atomically(store.root / "thumbnails" / f"{key}.jpg", jpeg_bytes(picture))
-        provenance = {
-            "slide": _slide_facts(slide, source, key),
-            "tissue": gridded.facts | {"geojson_sha256": _digest(outlines)},
-        }
+            provenance = {
+                "slide": _slide_facts(slide, source, key),
+                "tissue": gridded.facts | {"geojson_sha256": _digest(outlines)},
+            }
+            picture.result()
         notes = gridded.notes
         if existing is not None:  # last, so that whatever failed above has cost nothing
             aside = replace_slide(store, key).relative_to(store.root)
@@ -115,11 +120,14 @@ def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gr
     notes = _mpp_notes(slide, lattice, options.tiling)
     if not len(lattice):
         notes.append("the slide is smaller than one tile; --edge pad takes it all the same")
+    view = None
     if given is None:
         if options.tissue_dir is not None:
             notes.append(f"no outlines for it in {options.tissue_dir}: tissue was looked for")
-        outlines = slide.tissue(options.tissue)
-        facts: dict[str, Any] = {"source": "found", "options": asdict(options.tissue)}
+        view = slide.tissue_view(options.tissue)
+        outlines = slide.tissue(options.tissue, view=view)
+        found_at = [round(um * step, 4) for um, step in zip(slide.mpp.xy, view.scale, strict=True)]
+        facts: dict[str, Any] = {"source": "found", "options": asdict(options.tissue), "found_at_mpp": found_at}
     else:
         outlines, remarks = _read_outlines(given, slide)
         facts = {"source": "given", "file": str(given), "sha256": _digest(given)}
@@ -131,7 +139,7 @@ def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gr
         notes += remarks
     region = region_of(outlines, roi, holes=options.tiling.holes)
     facts |= {"n_pieces": len(outlines), "area_mm2": round(float(region.area) * slide.mpp.x * slide.mpp.y / 1e6, 4)}
-    return Gridded(outlines, lattice.keep(region, options.tiling.min_tissue), facts, tuple(notes), given)
+    return Gridded(outlines, lattice.keep(region, options.tiling.min_tissue), facts, tuple(notes), given, view)
 
 
 def is_current(stored: SlideStore, source: SlideSource, options: PrepareOptions) -> bool:
@@ -173,6 +181,23 @@ def _check_source(about: dict[str, Any], source: SlideSource) -> None:
             f"{path}: not the file its features were made from (they differ in size or content); write to another OUT, or "
             f"delete the slide from the store with wsi remove"
         )
+
+
+def _write_picture(path: Path, slide: Slide, gridded: Gridded) -> None:
+    picture = draw_overview(_picture_view(slide, gridded.view), gridded.outlines, gridded.grid)
+    write_atomically(path, jpeg_bytes(picture))
+
+
+def _picture_view(slide: Slide, seen: Overview | None) -> Overview:
+    """A picture of the slide for people, from what has been read of it if that will do.
+
+    A small slide's is as large as a reduced level: to make a larger one, all of level 0 would have to be decoded, which
+    is what its features cost.
+    """
+    if seen is not None and max(seen.image.shape) >= _PICTURE_PX:
+        return seen.reduced(_PICTURE_PX)
+    reduced = max((max(size) for size in slide.reader.sizes[1:]), default=0)
+    return slide.overview(max_px=reduced if _LEAST_PICTURE_PX <= reduced < _PICTURE_PX else _PICTURE_PX)
 
 
 def _slide_facts(slide: Slide, source: SlideSource, key: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def draw_overview(view: Overview, tissue: Sequence[Annotation], grid: TileGrid |
         high = _fixed((grid.xy + np.array(grid.side)) / scale)
         for (x0, y0), (x1, y1) in zip(low.tolist(), high.tolist(), strict=True):
             cv2.rectangle(veil, (x0, y0), (x1, y1), _TILE, 1, cv2.LINE_AA, _SHIFT)
-        image = cv2.addWeighted(veil, 0.6, image, 0.4, 0)
+        image = cv2.addWeighted(veil, 0.6, image, 0.4, 0, dst=veil)
     thickness = max(1, round(max(image.shape[:2]) / 700))
     for annotation in tissue:
         for part in shapely.get_parts(annotation.geometry):

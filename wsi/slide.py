@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,14 @@ class Overview:
     image: Pixels
     scale: tuple[float, float]
     unreadable: tuple[Box, ...] = ()
+
+    def reduced(self, max_px: int) -> "Overview":
+        """The same picture with its longer side at most ``max_px``."""
+        height, width = self.image.shape[:2]
+        factor = max(1.0, max(width, height) / max_px)
+        size = (max(1, round(width / factor)), max(1, round(height / factor)))
+        scale = (self.scale[0] * width / size[0], self.scale[1] * height / size[1])
+        return replace(self, image=area_resize(self.image, size), scale=scale)
 
 
 class Slide:
@@ -162,16 +170,27 @@ class Slide:
         """(H, W, 3) uint8 picture of the whole slide, longer side at most ``max_px``."""
         return self.overview(max_px=max_px).image
 
-    def tissue(self, options: TissueOptions | None = None) -> tuple[Annotation, ...]:
+    def tissue_view(self, options: TissueOptions | None = None) -> Overview:
+        """The picture that ``tissue`` looks at; coarser than ``options.mpp`` where the slide is very large.
+
+        Raises:
+            ReadError: more than half of the slide cannot be read.
+        """
+        return self.overview(mpp=self._tissue_options(options).mpp)
+
+    def tissue(self, options: TissueOptions | None = None, *, view: Overview | None = None) -> tuple[Annotation, ...]:
         """Outlines of tissue, one annotation per piece, holes kept, in level-0 pixels.
 
         Where the overview could not be read, tissue is assumed: its tiles are then tried, and marked when they fail.
 
+        Args:
+            view: what ``tissue_view`` gave for these options, where it is at hand.
+
         Raises:
             UnsupportedPixelError: the background is dark, as in fluorescence, which this search does not know.
         """
-        options = options or TissueOptions()
-        view = self.overview(mpp=options.mpp)
+        options = self._tissue_options(options)
+        view = self.overview(mpp=options.mpp) if view is None else view
         if not is_brightfield(view.image):
             raise UnsupportedPixelError(
                 f"{self.path or self.name}: dark background, as in fluorescence; tissue is looked for on brightfield slides "
@@ -184,6 +203,9 @@ class Slide:
             union = shapely.union_all([*polygons, *unreadable])
             polygons = tuple(part for part in shapely.get_parts(union) if part.geom_type == "Polygon")
         return tissue_annotations(polygons, self.mpp.xy)
+
+    def _tissue_options(self, options: TissueOptions | None) -> TissueOptions:
+        return (options or TissueOptions()).within((self.size[0] * self.mpp.x, self.size[1] * self.mpp.y))
 
     def lattice(self, tiling: Tiling) -> TileGrid:
         """Every tile that ``tiling`` puts on this slide, tissue or not.
@@ -281,7 +303,7 @@ def _union(annotations: Sequence[Annotation], *, fill: bool) -> shapely.Geometry
     parts = [part for a in annotations for part in shapely.get_parts(a.geometry) if part.geom_type == "Polygon"]
     if fill:
         parts = [shapely.Polygon(part.exterior) for part in parts]
-    return shapely.union_all([shapely.make_valid(part) for part in parts])
+    return shapely.disjoint_subset_union_all([part if part.is_valid else shapely.make_valid(part) for part in parts])
 
 
 def fingerprint(location: str | Path) -> dict[str, object]:

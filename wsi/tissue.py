@@ -8,7 +8,8 @@ and in microns. Nothing here opens a file.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import cv2
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from wsi.errors import UsageError
 
-__all__ = ["TissueOptions", "find_tissue", "is_brightfield", "mask_polygons", "tissue_mask"]
+__all__ = ["MAX_PIXELS", "TissueOptions", "find_tissue", "is_brightfield", "mask_polygons", "tissue_mask"]
+
+MAX_PIXELS = 1 << 24  # of the picture that tissue is looked for in, so that memory does not grow with the slide
 
 _Mask = NDArray[np.bool_]  # (H, W)
 _Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -26,6 +29,9 @@ _Light = tuple[_Plane, _Plane, _Plane]  # red, green, blue: the share of the gla
 
 _SMOOTH_UM = 8.0  # blur (sigma) that averages noise out and leaves a membrane
 _AROUND_UM = 40.0  # blur (sigma) that tells a pixel's surroundings
+_REACH = 4  # sigmas, beyond which OpenCV's blurs see nothing
+
+_STRIP_PIXELS = 1 << 20  # pixels that numbers other than masks are worked out for at a time
 
 # Glass; levels are of 255
 _GLASS_LEVEL = 120  # the darkest that glass is
@@ -52,7 +58,8 @@ _RIM_UM = 48.0  # how far it reaches beyond what is plainly ink
 class TissueOptions:
     """How tissue is looked for; saved with what was found.
 
-    ``mpp``            microns per pixel at which tissue is looked for; a finer picture is reduced to it first
+    ``mpp``            microns per pixel at which tissue is looked for; a finer picture is reduced to it first. Slides
+                       of more than ``MAX_PIXELS`` such pixels, 1,074 mm2 by default, are looked at coarser: ``within``
     ``min_chroma``     least difference in colour from glass, as a share of the light that glass passes
     ``gap_um``         gaps in tissue narrower than this are part of it
     ``min_area_um2``   smaller pieces are dropped; the default is half a tile of 256 px at 0.5 mpp
@@ -82,6 +89,14 @@ class TissueOptions:
             raise UsageError(f"mpp is {self.mpp}, min_chroma {self.min_chroma}; both must be above 0, chroma below 0.5")
         if self.tolerance_um > self.mpp:
             raise UsageError(f"tolerance_um is {self.tolerance_um}; it must be at most one pixel, {self.mpp} um")
+
+    def within(self, size_um: tuple[float, float]) -> "TissueOptions":
+        """These options for a slide of ``size_um`` (x, y): ``mpp`` so coarse that it has at most ``MAX_PIXELS``.
+
+        The outlines' tolerance, which is a share of a pixel, grows with it.
+        """
+        mpp = max(self.mpp, math.sqrt(size_um[0] * size_um[1] / MAX_PIXELS))
+        return self if mpp == self.mpp else replace(self, mpp=mpp, tolerance_um=mpp * (self.tolerance_um / self.mpp))
 
 
 _DEFAULT = TissueOptions()
@@ -119,8 +134,15 @@ def is_brightfield(image: _Pixels) -> bool:
     Light that went through stained tissue is left in all three channels; fluorescence leaves one of them dark, or most
     of the picture. A slide in broad black borders is told by its share of glass.
     """
-    least = image.min(axis=2)
-    return bool(np.median(least) >= 20 or np.mean(least >= 150) >= 0.1)
+    counts = np.zeros(256, np.int64)
+    for rows, _, _ in _strips(image.shape[:2]):
+        red, green, blue = cv2.split(image[rows])
+        least = cv2.min(cv2.min(red, green), blue)
+        counts += cv2.calcHist([least], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+    upto = np.cumsum(counts)
+    half = int(upto[-1]) / 2
+    median = (np.argmax(upto >= half) + np.argmax(upto > half)) / 2
+    return bool(median >= 20 or counts[150:].sum() / upto[-1] >= 0.1)
 
 
 def _reduced(image: _Pixels, mpp: tuple[float, float], options: TissueOptions) -> tuple[_Pixels, float]:
@@ -140,23 +162,40 @@ def _tissue(image: _Pixels, um: float, options: TissueOptions) -> _Mask:
     """Find tissue in a picture with square pixels of ``um`` microns."""
     smooth = cv2.GaussianBlur(image, (0, 0), _SMOOTH_UM / um)
     glass, seen = _glass(smooth, um)
-    light = _light(smooth, glass)
-    chroma = _chroma(light)
+    chroma = np.empty(seen.shape, np.float32)
+    fine, inked, black = (np.empty(seen.shape, bool) for _ in range(3))
+    for rows, around, inner in _strips(seen.shape, _REACH * _AROUND_UM / um):
+        light = _light(smooth[around], glass.rows(around))
+        fine[rows] = _darker(light, um)[inner] >= _FINE
+        light = (light[0][inner], light[1][inner], light[2][inner])
+        chroma[rows] = _chroma(light)
+        inked[rows], black[rows] = _ink_colours(light, chroma[rows])
+    del smooth, light  # a large slide's planes are let go as soon as they are not needed
 
-    ink = _ink(light, chroma, um, options)
+    ink = _ink(inked, black, um, options)
+    del inked, black
     rim = _grown(ink, _RIM_UM / um)
     least = max(options.min_chroma, _NOISE * _median(chroma[seen]))
-    bleed = _BLEED * cv2.dilate(chroma, np.ones((2 * round(_BLEED_UM / um) + 1,) * 2, np.uint8))
-    # the picture itself has to agree with the smooth one, which alone would widen every piece
-    coloured = np.minimum(chroma, _chroma(_light(image, glass))) >= np.maximum(least, bleed)
-    like = (coloured | (_darker(light, um) >= _FINE)) & ~rim
-    tissue = _touched(_closed(like, options.gap_um / 2 / um), like & (chroma >= _SEED * least)) & ~rim
+    like, seeds = fine, seen  # in their place
+    side = 2 * round(_BLEED_UM / um) + 1
+    for rows, around, inner in _strips(seen.shape, side // 2):
+        bleed = _BLEED * cv2.dilate(chroma[around], np.ones((side, side), np.uint8))[inner]
+        # the picture itself has to agree with the smooth one, which alone would widen every piece
+        own = _chroma(_light(image[rows], glass.rows(rows)))
+        coloured = np.minimum(chroma[rows], own) >= np.maximum(least, bleed)
+        like[rows] = (coloured | fine[rows]) & ~rim[rows]
+        seeds[rows] = like[rows] & (chroma[rows] >= _SEED * least)
+    del chroma
+    tissue = _touched(_closed(like, options.gap_um / 2 / um), seeds)
+    del fine, seen, like, seeds
+    tissue &= ~rim
 
     if ink.any():
         reach = min(1.5 * float(_depth(rim).max()), options.pen_width_um / um)
         beyond = math.ceil(reach) + 1  # tissue on one side and the picture's edge on the other is no crossing
         crossed = _closed(np.pad(tissue, beyond), reach)[beyond:-beyond, beyond:-beyond]
         tissue |= rim & crossed
+    del ink, rim
     tissue = _filled(tissue, options.min_hole_um2 / um**2)
     return _sizeable(tissue, options.min_area_um2 / um**2, options.min_width_um / um)
 
@@ -164,37 +203,64 @@ def _tissue(image: _Pixels, um: float, options: TissueOptions) -> _Mask:
 # --- glass and the light it passes ------------------------------------------------------------------------------------
 
 
-def _glass(smooth: _Pixels, um: float) -> tuple[NDArray[np.float32], _Mask]:
+@dataclass(frozen=True)
+class _Glass:
+    """The colour of the glass over a picture of ``shape``: (h, w, 3) float32 of few points, and linear between them."""
+
+    points: NDArray[np.float32]
+    shape: tuple[int, int]
+
+    def rows(self, rows: slice) -> NDArray[np.float32]:
+        """The colour at every pixel of some rows, (h, W, 3)."""
+        last, height = len(self.points) - 1, self.shape[0]
+        y = np.clip((np.arange(rows.start, rows.stop) + 0.5) * (last + 1) / height - 0.5, 0, last).astype(np.float32)
+        above = y.astype(np.intp)
+        share = (y - above)[:, None, None]
+        wide = cv2.resize(self.points, (self.shape[1], last + 1))
+        steps = np.diff(wide, axis=0, append=wide[-1:])
+        colour: NDArray[np.float32] = wide[above] + steps[above] * share
+        return colour
+
+
+def _glass(smooth: _Pixels, um: float) -> tuple[_Glass, _Mask]:
     """Return the colour of the glass at every pixel, white if none is seen, and the pixels it was learnt from.
 
     Glass is bright, nearly without colour, and flat. White beside it is padding, unless there is little else: then it
     is glass brighter than the camera measures. Of several colours the brightest common one is glass: frames are darker.
     """
-    grey = cv2.cvtColor(smooth, cv2.COLOR_RGB2GRAY)
-    flat = cv2.absdiff(grey, cv2.GaussianBlur(grey, (0, 0), _AROUND_UM / um)) <= _FLAT_LEVELS
-    red, green, blue = cv2.split(smooth)
-    low, high = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
-    cast = np.where((red >= green) & (green >= blue), _CREAM_LEVELS, _CAST_LEVELS)
-    white = low >= _WHITE_LEVEL
-    seen = _shrunk(flat & (low >= _GLASS_LEVEL) & (high - low <= cast) & ~white, _PATCH_UM / um)
-    n_seen, n_white, n_other = np.count_nonzero(seen), np.count_nonzero(white), np.count_nonzero(~white)
+    shape = smooth.shape[:2]
+    white, like = np.empty(shape, bool), np.empty(shape, bool)
+    for rows, around, inner in _strips(shape, _REACH * _AROUND_UM / um):
+        grey = cv2.cvtColor(smooth[around], cv2.COLOR_RGB2GRAY)
+        flat = cv2.absdiff(grey, cv2.GaussianBlur(grey, (0, 0), _AROUND_UM / um))[inner] <= _FLAT_LEVELS
+        red, green, blue = cv2.split(smooth[rows])
+        low, high = cv2.min(cv2.min(red, green), blue), cv2.max(cv2.max(red, green), blue)
+        cast = np.where((red >= green) & (green >= blue), np.uint8(_CREAM_LEVELS), np.uint8(_CAST_LEVELS))
+        white[rows] = low >= _WHITE_LEVEL
+        like[rows] = flat & (low >= _GLASS_LEVEL) & (high - low <= cast) & ~white[rows]
+    seen = _shrunk(like, _PATCH_UM / um)
+    n_seen, n_white, n_other = np.count_nonzero(seen), np.count_nonzero(white), white.size - np.count_nonzero(white)
     if n_seen <= max(_LEAST_GLASS * n_other, min(0.2 * n_other, n_white)):
-        return np.full(smooth.shape, 255, np.float32), white
-    counts = cv2.calcHist([smooth], [0, 1, 2], seen.astype(np.uint8), [64] * 3, [0, 256] * 3)
+        return _Glass(np.full((1, 1, 3), 255, np.float32), shape), white
+    counts = cv2.calcHist([smooth], [0, 1, 2], seen.view(np.uint8), [64] * 3, [0, 256] * 3)
     common = np.argwhere(counts >= 0.1 * counts.max())
     colour = 4.0 * common[np.argmax(common.sum(axis=1))] + 1.5
     return _trend(smooth, seen, colour), seen
 
 
-def _trend(smooth: _Pixels, seen: _Mask, colour: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Fit a parabola in x and y to the ``seen`` pixels that are about of this ``colour``: (H, W, 3).
+def _trend(smooth: _Pixels, seen: _Mask, colour: NDArray[np.float64]) -> _Glass:
+    """Fit a parabola in x and y to the ``seen`` pixels that are about of this ``colour``.
 
     Lamps are not even. Where no glass is seen the fit is held, gently, at the colour of the rest.
     """
     height, width = seen.shape
     size = (min(width, 32), min(height, 32))
-    share = cv2.resize(seen.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    total = cv2.resize(cv2.copyTo(smooth, seen.astype(np.uint8)).astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    plane = seen.astype(np.float32)
+    share = cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
+    total = np.empty((*share.shape, 3), np.float32)
+    for channel in range(3):
+        np.multiply(smooth[..., channel], seen, out=plane, dtype=np.float32)
+        total[..., channel] = cv2.resize(plane, size, interpolation=cv2.INTER_AREA)
     mean = (total / np.maximum(share, 1e-6)[..., None]).reshape(-1, 3)
     x, y = (axis.ravel() for axis in np.meshgrid(*(np.linspace(-1, 1, n) for n in size)))
     basis = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
@@ -207,8 +273,7 @@ def _trend(smooth: _Pixels, seen: _Mask, colour: NDArray[np.float64]) -> NDArray
         root = np.sqrt(weight + _HOLD)
         fit = basis @ np.linalg.lstsq(basis * root, goal * root, rcond=None)[0]
         fit = np.clip(fit, 0.8 * colour, np.minimum(1.2 * colour, 255))
-    trend: NDArray[np.float32] = cv2.resize(fit.astype(np.float32).reshape(*share.shape, 3), (width, height))
-    return trend
+    return _Glass(fit.astype(np.float32).reshape(total.shape), (height, width))
 
 
 def _light(image: _Pixels, glass: NDArray[np.float32]) -> _Light:
@@ -233,30 +298,35 @@ def _darker(light: _Light, um: float) -> _Plane:
 
 
 def _median(values: NDArray[np.float32]) -> float:
-    return float(np.median(values)) if values.size else 0.0
+    """The median of values that are needed no more: they are put in another order."""
+    return float(np.median(values, overwrite_input=True)) if values.size else 0.0
 
 
 # --- ink --------------------------------------------------------------------------------------------------------------
 
 
-def _ink(light: _Light, chroma: _Plane, um: float, options: TissueOptions) -> _Mask:
+def _ink_colours(light: _Light, chroma: _Plane) -> tuple[_Mask, _Mask]:
     """Find what has the colour of red, green or blue ink, and what is black.
 
     Told by ratios of optical densities, which do not change with thickness (Beer and Lambert). No mixture of
     haematoxylin, eosin and DAB absorbs green less than both neighbours; none that absorbs red absorbs as little blue as
     blue ink; none that absorbs as much blue as green passes as much red as red ink. Vectors: Ruifrok and Johnston 2001.
     """
-    if options.pen_width_um == 0:
-        return np.zeros(chroma.shape, bool)
     red, green, blue = (_density(channel) for channel in light)
     is_red = (np.minimum(green, blue) > 0.5) & (red < 0.25 * np.minimum(green, blue)) & (blue > 0.7 * green)
     is_green = (np.minimum(red, blue) > 0.25) & (green < 0.8 * np.minimum(red, blue))
     is_blue = (red > 0.7) & (green < 1.05 * red) & (blue < 0.35 * red)
     is_black = (np.minimum(np.minimum(red, green), blue) > 1.2) & (chroma < 0.15)
-    coloured = is_red | is_green | is_blue
+    return is_red | is_green | is_blue, is_black
+
+
+def _ink(coloured: _Mask, black: _Mask, um: float, options: TissueOptions) -> _Mask:
+    """Take for ink what has its colour in spots of its size and no broader than a pen, and what is black likewise."""
+    if options.pen_width_um == 0:
+        return np.zeros(coloured.shape, bool)
     whole = _closed(coloured, options.gap_um / 2 / um)
     stain = _touched(whole, _shrunk(whole, options.pen_width_um / 2 / um))  # toluidine blue, say
-    spots = _shrunk((coloured & ~stain) | is_black, _INK_UM / um)
+    spots = _shrunk((coloured & ~stain) | black, _INK_UM / um)
     return _grown(spots, _INK_UM / um)
 
 
@@ -268,18 +338,37 @@ def _density(light: _Plane) -> _Plane:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
+def _strips(shape: tuple[int, int], reach_px: float = 0) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of a picture, a strip at a time.
+
+    Yields the strip; the strip with what is within ``reach_px`` of it, above and below; and the former's place in the
+    latter. What is worked out for a strip from pixels within reach is what it would be from the whole picture.
+    """
+    height, width = shape
+    step, more = max(1, _STRIP_PIXELS // width), math.ceil(reach_px) + 2
+    for top in range(0, height, step):
+        bottom, first = min(height, top + step), max(0, top - more)
+        yield slice(top, bottom), slice(first, min(height, bottom + more)), slice(top - first, bottom - first)
+
+
 def _depth(mask: _Mask) -> _Plane:
     """How far in pixels each pixel of ``mask`` is from its outside; what lies beyond the picture counts as mask."""
-    depth: _Plane = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
+    depth: _Plane = cv2.distanceTransform(mask.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
     return depth
 
 
 def _grown(mask: _Mask, radius_px: float) -> _Mask:
-    return _depth(~mask) <= radius_px if mask.any() else mask
+    grown = np.zeros_like(mask)
+    for rows, around, inner in _strips((mask.shape[0], mask.shape[1]), radius_px):
+        part = mask[around]
+        if part.any():
+            grown[rows] = part.all() or _depth(~part)[inner] <= radius_px
+    return grown
 
 
 def _shrunk(mask: _Mask, radius_px: float) -> _Mask:
-    return ~_grown(~mask, radius_px) if mask.any() else mask
+    shrunk = _grown(~mask, radius_px)
+    return np.logical_not(shrunk, out=shrunk)
 
 
 def _closed(mask: _Mask, radius_px: float) -> _Mask:
@@ -288,33 +377,42 @@ def _closed(mask: _Mask, radius_px: float) -> _Mask:
 
 def _touched(mask: _Mask, seeds: _Mask) -> _Mask:
     """Keep the pieces of ``mask`` that hold a seed."""
-    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    count, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
     keep = np.zeros(count, bool)
-    keep[labels[seeds & mask]] = True
-    kept: _Mask = keep[labels]
-    return kept
+    for rows, _, _ in _strips(labels.shape):
+        keep[labels[rows][seeds[rows] & mask[rows]]] = True
+    return _chosen(labels, keep)
 
 
 def _filled(mask: _Mask, min_px: float) -> _Mask:
     """Fill holes of fewer than ``min_px`` pixels; what is open to the picture's edge is no hole."""
     height, width = mask.shape
-    _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).view(np.uint8), connectivity=8)
     left, top, wide, high, area = stats.T
     fill = (left > 0) & (top > 0) & (left + wide < width) & (top + high < height) & (area < min_px)
     fill[0] = False  # the mask itself
-    filled: _Mask = mask | fill[labels]
+    filled: _Mask = mask | _chosen(labels, fill)
     return filled
 
 
 def _sizeable(mask: _Mask, min_px: float, min_width_px: float) -> _Mask:
     """Keep the pieces of at least ``min_px`` pixels that are ``min_width_px`` wide on average."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
     area = stats[:, cv2.CC_STAT_AREA]
-    depth = np.bincount(labels[mask], _depth(mask)[mask] - 0.5, count)
-    keep = (area >= min_px) & (4 * depth >= min_width_px * area)  # a strip's mean depth is a quarter of its width
+    depth, total = _depth(mask), np.zeros(count)
+    for rows, _, _ in _strips(labels.shape):
+        total += np.bincount(labels[rows][mask[rows]], depth[rows][mask[rows]] - 0.5, count)
+    keep = (area >= min_px) & (4 * total >= min_width_px * area)  # a strip's mean depth is a quarter of its width
     keep[0] = False
-    kept: _Mask = keep[labels]
-    return kept
+    return _chosen(labels, keep)
+
+
+def _chosen(labels: NDArray[np.int32], choice: _Mask) -> _Mask:
+    """Whether each pixel's label is chosen."""
+    chosen = np.empty(labels.shape, bool)
+    for rows, _, _ in _strips(labels.shape):
+        np.take(choice, labels[rows], out=chosen[rows])
+    return chosen
 
 
 # --- outlines ---------------------------------------------------------------------------------------------------------
@@ -329,7 +427,7 @@ def mask_polygons(mask: _Mask, scale: tuple[float, float] = (1.0, 1.0)) -> tuple
     """
     if mask.ndim != 2 or mask.dtype != bool:
         raise UsageError(f"the mask is {mask.dtype} {mask.shape}; it must be bool (H, W)")
-    padded = np.pad(mask, 1).astype(np.uint8)
+    padded = np.pad(mask, 1).view(np.uint8)
     labels = cv2.connectedComponents(padded, connectivity=4)[1]
     nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]  # around each grid point
     crossing = (nw == se) & (ne == sw) & (nw != ne)  # pixels that touch at a point: two corners of outlines meet

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,7 @@ class TestDamage:
         """A manifest that agrees with itself and the files, but not with the rest of the store."""
         manifest = arrays.manifest_of(folder)
         assert manifest is not None
-        arrays.seal(zarr.open_group(folder, mode="r+"), manifest | {"files": arrays.file_facts(folder)} | changes)
+        arrays.seal(folder, manifest | {"files": arrays.file_facts(folder)} | changes)
 
     def test_features_of_another_grid_are_found(self, tmp_path: Path) -> None:
         store = make(tmp_path)
@@ -349,7 +350,7 @@ class TestDamage:
         array[0:8] = np.full((8, DIM), np.nan, np.float32)
         facts["features"] = arrays.array_facts(array)  # even a manifest that agrees with it does not help
         manifest = features.manifest | {"arrays": facts, "files": arrays.file_facts(features.path)}
-        arrays.seal(zarr.open_group(features.path, mode="r+"), manifest)
+        arrays.seal(features.path, manifest)
         assert [p.what for p in store.verify(deep=True)] == ["vectors are not finite exactly where status says so"]
 
 
@@ -423,12 +424,14 @@ def make_many(root: Any) -> None:
 
 def fail_at(patch: Any, moment: Any) -> Any:
     """Make the moment-th write, sync or rename fail with 'no space left'."""
-    calls = [0]
+    calls, lock = [0], threading.Lock()
 
     def failing(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == moment:
+            with lock:
+                calls[0] += 1
+                mine = calls[0]
+            if mine == moment:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return function(*args, **kwargs)
 
@@ -436,6 +439,7 @@ def fail_at(patch: Any, moment: Any) -> Any:
 
     patch.setattr(zarr.storage._local, "_put", failing(zarr.storage._local._put))
     patch.setattr(os, "fsync", failing(lambda descriptor: None))
+    patch.setattr(Path, "write_bytes", failing(Path.write_bytes))
     patch.setattr(Path, "rename", failing(Path.rename))
     patch.setattr(Path, "replace", failing(Path.replace))
     return calls

@@ -139,6 +139,20 @@ def test_fractions_are_the_exact_areas(shape: Any, hole: Any, side: Any, stride:
     np.testing.assert_allclose(tissue_fractions(grid, region), brute, atol=1e-5)
 
 
+def test_fractions_of_many_pieces_with_holes_add_up_to_the_area_of_the_region() -> None:
+    centres = [shapely.Point(x, y) for x in range(100, 4000, 250) for y in range(110, 3000, 210)]
+    rings = [centre.buffer(90.5).difference(centre.buffer(30)) for centre in centres]
+    region = shapely.union_all(rings)
+    lattice = cover(Pyramid(((4_100, 3_200),), (0.5, 0.5)), Tiling(mpp=0.5, tile_px=25, edge="pad"))
+    fractions = tissue_fractions(lattice, region)
+    assert fractions.astype(float).sum() * 25**2 == pytest.approx(region.area, rel=1e-6)
+    inside = shapely.covers(region, shapely.box(*lattice.xy.T, *(lattice.xy + 25).T))
+    outside = shapely.disjoint(region, shapely.box(*lattice.xy.T, *(lattice.xy + 25).T))
+    assert inside.any()
+    assert (fractions[inside] == 1).all()
+    assert (fractions[outside] == 0).all()
+
+
 def test_slivers_thinner_than_rounding_do_no_harm() -> None:
     shape = shapely.make_valid(shapely.Polygon([(0, 57), (-19, 24), (63, 104)]))
     hole = shapely.make_valid(shapely.Polygon([(7, 93), (-19, 24), (63, 104), (43, 26)]))

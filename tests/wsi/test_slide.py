@@ -98,6 +98,24 @@ def test_overview_of_a_slide_without_small_levels_comes_block_by_block_and_equal
     assert max(max(size) for size in sizes) <= 100
 
 
+def test_a_reduced_overview_is_the_area_mean_with_its_own_scale() -> None:
+    slide = Slide.from_array(picture(), mpp=0.5)
+    view, small = slide.overview(mpp=0.5), slide.overview(mpp=0.5).reduced(max(picture().shape) // 4)
+    np.testing.assert_array_equal(small.image, area_resize(view.image, small.image.shape[1::-1]))
+    assert small.scale == pytest.approx((slide.size[0] / small.image.shape[1], slide.size[1] / small.image.shape[0]))
+    assert view.reduced(10_000).image.shape == view.image.shape
+
+
+def test_the_tissue_of_a_very_large_slide_is_looked_for_in_a_picture_of_bounded_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slide = Slide.from_array(picture(), mpp=4.0)
+    monkeypatch.setattr("wsi.tissue.MAX_PIXELS", 10_000)
+    view = slide.tissue_view()
+    assert view.image.size == pytest.approx(30_000, rel=0.05)
+    assert slide.tissue(view=view) == slide.tissue()
+
+
 def test_a_corrupt_tile_is_named_in_the_overview_and_counts_as_possible_tissue(tmp_path: Path) -> None:
     slide = Slide.open(corrupt_one_tile(write_tiff(tmp_path / "a.tif", picture(), mpp=0.5, compression="jpeg")))
     view = slide.overview(mpp=1.0)

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from wsi.errors import UsageError
-from wsi.tissue import TissueOptions, find_tissue, is_brightfield, mask_polygons, tissue_mask
+from wsi.tissue import MAX_PIXELS, TissueOptions, find_tissue, is_brightfield, mask_polygons, tissue_mask
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -385,6 +385,29 @@ def test_a_colour_of_ink_that_is_broader_than_a_pen_is_a_stain() -> None:
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ringed", [False, True])
+def test_the_mask_does_not_depend_on_how_much_is_worked_out_at_a_time(
+    ringed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    light = stained(BIOPSY) * np.linspace(0.9, 1, SHAPE[1])[:, None]
+    if ringed:
+        light = light * stroke("green", [(40, 30), (280, 40), (270, 210), (50, 200), (40, 30)], 9)
+    whole = tissue_mask(scanned(light), MPP)
+    assert iou(whole, BIOPSY) > 0.9
+    monkeypatch.setattr("wsi.tissue._STRIP_PIXELS", 7 * SHAPE[1])
+    np.testing.assert_array_equal(tissue_mask(scanned(light), MPP), whole)
+
+
+def test_very_large_slides_are_looked_at_coarser_and_others_as_asked() -> None:
+    options = TissueOptions(min_chroma=0.03)
+    assert options.within((25_600, 20_480)) is options
+    wide = options.within((102_400, 81_920))
+    assert wide.mpp == pytest.approx((102_400 * 81_920 / MAX_PIXELS) ** 0.5)
+    assert wide.tolerance_um / wide.mpp == pytest.approx(options.tolerance_um / options.mpp)
+    assert TissueOptions(tolerance_um=8.0).within((102_400, 81_920)).tolerance_um == wide.mpp
+    assert wide.min_chroma == 0.03
 
 
 def test_resolution_hardly_matters() -> None:
