@@ -328,10 +328,14 @@ class _Pool:
                     raise self._error
                 if self._batches and self._batches[0].is_whole:
                     self._changed.notify_all()  # there is room for another
-                    return self._batches.popleft().freeze(self._free.append)
+                    return self._batches.popleft().freeze(self._release)
                 if self._is_over and not self._batches:
                     return None
                 self._changed.wait()
+
+    def _release(self, pixels: Pixels) -> None:
+        if len(pixels):  # a batch that only tells of ends has no memory to give
+            self._free.append(pixels)
 
     def stop(self) -> None:
         """Have the threads end, as soon as what they wait for has come."""

@@ -152,6 +152,33 @@ def test_jobs_follow_each_other_in_full_batches() -> None:
     assert all(tiles == list(range(job.first, len(job.grid))) for job, tiles in seen.items())
 
 
+def test_memory_that_is_released_serves_later_batches_and_ends_alone_give_none() -> None:
+    """A slide without tiles, all that was there being taken, comes as a batch of nothing but its end."""
+    slide = slide_of(Tiled(picture()))
+    grid = slide.lattice(Tiling(mpp=0.25, tile_px=32))
+    ended, shapes = threading.Event(), []
+
+    def jobs() -> Any:
+        yield TileJob(slide, replace(grid, xy=grid.xy[:0], tissue=grid.tissue[:0]))
+        assert ended.wait(10)
+        yield TileJob(slide, grid)
+
+    def allocate(shape: Any) -> Any:
+        shapes.append(shape)
+        return np.empty(shape, np.uint8)
+
+    done = 0
+    for batch in stream_jobs(jobs(), batch_size=8, ahead=2, allocate=allocate):
+        for row, index in zip(batch.pixels, range(done, done + len(batch)), strict=True):
+            np.testing.assert_array_equal(row, slide.read_tile(grid, index))
+        done += len(batch)
+        batch.release()
+        ended.set()
+    assert done == len(grid)
+    assert set(shapes) == {(8, 32, 32, 3)}
+    assert len(shapes) <= 4
+
+
 def test_a_job_that_fails_leaves_the_others_alone() -> None:
     def gone(place: Any) -> None:
         if place == (96, 64):
