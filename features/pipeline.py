@@ -184,6 +184,8 @@ class Pipeline:
     def __init__(
         self, store: FeatureStore, runners: Sequence[EncoderRunner], options: ExtractOptions, observer: Observer
     ) -> None:
+        if store.tiling != options.prepare.tiling:
+            raise UsageError(f"{store.root}: this store's tiling is {store.tiling}, not {options.prepare.tiling}")
         self._store = store
         names = Counter(str(stored_identity(each, options)["name"]) for each in runners)
         for name, count in names.items():

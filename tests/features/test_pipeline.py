@@ -17,11 +17,13 @@ from features import (
     extract_slides,
     load_encoder,
 )
+from features.cohort import extract_cohort
 from features.custom import ColourMoments
 from features.encoder import Encoder, EncoderSpec
 from features.timing import Timing
 from tests.features.test_cohort import ENCODER, OPTIONS, codes, slide_file
-from wsi import Slide
+from wsi import Slide, Tiling
+from wsi.discover import discover
 from wsi.errors import UsageError
 from wsi.stream import TileJob
 
@@ -174,6 +176,13 @@ def test_an_encoder_that_fails_does_not_take_the_other_with_it(two_slides: Path,
 def test_two_encoders_of_one_name_are_refused(two_slides: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 encoders would store their features as colour-stats"):
         extract_slides(two_slides, tmp_path / "out", [ENCODER, ENCODER], OPTIONS)
+
+
+def test_a_store_of_another_tiling_is_refused(two_slides: Path, tmp_path: Path) -> None:
+    """Its slides' tiles would share batches with tiles of another size."""
+    store = FeatureStore.create(tmp_path / "out", Tiling(mpp=1.0, tile_px=32))
+    with pytest.raises(UsageError, match="tile_px=32.*not.*tile_px=64"):
+        extract_cohort(discover(two_slides), store, EncoderRunner(means()[0]), OPTIONS)
 
 
 class TestTiming:

@@ -195,6 +195,17 @@ def test_a_job_that_fails_leaves_the_others_alone() -> None:
     assert (jobs[1].error, done[jobs[1]]) == (None, len(jobs[1].grid))
 
 
+def test_a_job_of_another_tile_size_is_an_error_and_not_wrong_pixels() -> None:
+    slide = slide_of(Tiled(picture()))
+    jobs = [TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=px))) for px in (32, 24, 32)]
+    done = dict.fromkeys(jobs, 0)
+    for batch in stream_jobs(jobs, batch_size=8):
+        for span in batch.spans:
+            done[span.job] += len(span)
+    assert isinstance(jobs[1].error, ValueError)
+    assert [done[job] for job in jobs] == [len(jobs[0].grid), 0, len(jobs[2].grid)]
+
+
 def test_a_cancelled_job_ends_soon() -> None:
     reader = Tiled(picture())
     slide = slide_of(reader)
