@@ -382,8 +382,8 @@ class Pipeline:
         place = np.concatenate([[0], np.cumsum(flight.rows)])  # of each tile among those that were encoded
         for span in batch.spans:
             work = self._works[span.job]
-            if not work.wants(lane):
-                continue
+            if not work.wants(lane) or span.job.error is not None:
+                continue  # an error leaves tiles undone that may well be readable: they are not to be kept as if not
             part: EncodedBatch | Exception
             if isinstance(encoded, EncodedBatch):
                 rows = slice(place[span.start], place[span.stop])

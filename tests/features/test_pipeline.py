@@ -25,6 +25,7 @@ from tests.features.test_cohort import ENCODER, OPTIONS, codes, slide_file
 from wsi import Slide, Tiling
 from wsi.discover import discover
 from wsi.errors import UsageError
+from wsi.readers.tiff import TiffReader
 from wsi.stream import TileJob
 
 
@@ -127,6 +128,32 @@ def test_encoders_that_stopped_at_different_tiles_each_go_on_where_they_were(
     np.testing.assert_allclose(
         stored(tmp_path / "out", "a", "one"), stored(tmp_path / "out", "a", "two"), rtol=1e-5, atol=1e-7
     )
+
+
+def test_tiles_that_an_error_left_undone_are_not_taken_for_unreadable_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's disk goes away for a while; what is staged then is taken up by the next run."""
+    monkeypatch.setattr("features.arrays.SHARD_ROWS", 1)
+    monkeypatch.setattr("features.writing.SHARD_ROWS", 1)
+    monkeypatch.setattr("features.arrays.CHUNK_ROWS", 1)
+    slide = slide_file(tmp_path / "a.tif")
+    read = TiffReader.read_stored
+    calls: list[int] = []
+
+    def gone(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 20:
+            raise OSError("gone")
+        return read(self, *arguments)
+
+    options = ExtractOptions(prepare=OPTIONS.prepare, batch_size=16, max_unreadable=1)
+    monkeypatch.setattr(TiffReader, "read_stored", gone)
+    assert extract_slides(slide, tmp_path / "out", ENCODER, options).count("failed") == 1
+    monkeypatch.setattr(TiffReader, "read_stored", read)
+    report = extract_slides(slide, tmp_path / "out", ENCODER, options)
+    assert report.count("done") == 1
+    assert report.outcomes[0].facts["n_unreadable"] == 0
 
 
 def test_batches_go_over_the_end_of_a_slide(two_slides: Path, tmp_path: Path) -> None:
