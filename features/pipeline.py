@@ -200,6 +200,7 @@ class Pipeline:
         self._works: dict[TileJob, _Work] = {}
         self.timing = Timing()
         self._last = 0.0
+        self._busy_s = self._busy_so_far()
 
     def release_all(self) -> None:
         """Give back what an aborted run still holds."""
@@ -368,7 +369,7 @@ class Pipeline:
         for job in batch.ended:
             work = self._works.pop(job)
             counts = Timing(
-                len(job.grid) - job.first, cells_needed=job.cells_needed, cells_decoded=job.cells_decoded,
+                cells_needed=job.cells_needed, cells_decoded=job.cells_decoded,
                 peak_bytes=peak_memory_bytes(), peak_gpu_bytes=max(lane.runner.peak_bytes for lane in self._lanes),
             )  # fmt: skip
             work.timing.add(counts)
@@ -400,15 +401,18 @@ class Pipeline:
 
     def _account(self, spans: Sequence[TileSpan], waited_s: float) -> None:
         """Put the time since the last call to the run, and to slides by their part in the batch."""
-        now, busy_s = time.perf_counter(), sum(lane.runner.busy_s for lane in self._lanes)
-        loop_s, busy_s = now - self._last, busy_s - self.timing.encoder_busy_s
-        self._last = now
-        self.timing.add(Timing(loop_s=loop_s, waited_s=waited_s, encoder_busy_s=busy_s))
+        now, busy = time.perf_counter(), self._busy_so_far()
+        loop_s, busy_s = now - self._last, busy - self._busy_s
+        self._last, self._busy_s = now, busy
         tiles = sum(len(span) for span in spans)
+        self.timing.add(Timing(tiles, loop_s, waited_s, busy_s))
         for span in spans:
             share = len(span) / tiles
-            part = Timing(loop_s=loop_s * share, waited_s=waited_s * share, encoder_busy_s=busy_s * share)
+            part = Timing(len(span), loop_s * share, waited_s * share, busy_s * share)
             self._works[span.job].timing.add(part)
+
+    def _busy_so_far(self) -> float:
+        return sum(lane.runner.busy_s for lane in self._lanes)
 
     # --- 4: write ---
 

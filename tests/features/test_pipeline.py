@@ -224,6 +224,22 @@ class TestTiming:
         assert report.timing.tiles == sum(outcome.facts["n_tiles"] for outcome in report.outcomes)
         assert 1e8 < report.timing.peak_bytes < 1e11
 
+    def test_a_runner_that_worked_before_begins_anew(self, two_slides: Path, tmp_path: Path) -> None:
+        runner = EncoderRunner(means()[0])
+        store = FeatureStore.create(tmp_path / "out", OPTIONS.prepare.tiling)
+        runner.busy_s = 1000.0
+        report = extract_cohort(discover(two_slides), store, runner, OPTIONS)
+        assert 0 < report.timing.encoder_busy_s < report.seconds
+
+    def test_tiles_of_a_slide_that_failed_count_as_far_as_they_went(self, tmp_path: Path) -> None:
+        slide = slide_file(tmp_path / "a.tif")
+        whole = extract_slides(slide, tmp_path / "whole", ENCODER, OPTIONS).timing.tiles
+        bad, module = means()
+        module.fault = lambda _: fail()
+        report = extract_slides(slide, tmp_path / "out", bad, ExtractOptions(prepare=OPTIONS.prepare, batch_size=4))
+        assert report.count("failed") == 1
+        assert 0 < report.timing.tiles < whole / 2
+
     @pytest.mark.parametrize(
         ("timing", "said"),
         [
