@@ -87,7 +87,7 @@ def extract_cohort(
     the run. ``report.jsonl`` in the store is kept up to date all along.
 
     Raises:
-        UsageError: two encoders would be stored under one name.
+        UsageError: two encoders would be stored under one name, or the store is of another tiling.
         EnvironmentFaultError: the run cannot go on; everything finished stays.
     """
     runners = [runners] if isinstance(runners, EncoderRunner) else list(runners)

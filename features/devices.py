@@ -27,7 +27,7 @@ from wsi.errors import DeviceError, UsageError, WorkerDiedError, WsiError
 
 __all__ = ["devices_of", "extract_on_devices"]
 
-_TRIES = 2  # of a slide that was at work when a process died: which of several was the cause nobody knows
+_TRIES = 2  # of a slide that was at work when a process died: which of several was the cause the second tells, alone
 
 
 def devices_of(requests: Sequence[EncoderRequest]) -> list[str]:
@@ -54,8 +54,8 @@ def extract_on_devices(
 ) -> Report:
     """As ``features.cohort.extract_cohort``, with a process for each device of the requests.
 
-    A process that dies (a decoder that crashes, memory that the system takes back) is started again; the slides it had
-    at work are tried once more, and fail when it dies again.
+    A process that dies (a decoder that crashes, memory that the system takes back) is started again; each slide it had
+    at work is tried once more, in a process of its own, and fails when that dies too.
 
     Raises:
         EnvironmentFaultError: a device's process cannot work; everything finished stays.
@@ -79,13 +79,17 @@ Event = tuple[Any, ...]
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, the line to it, and the slides it has taken and not finished."""
+    """A process, the line to it, and the slides it has taken and not finished.
+
+    ``is_for_one``: it has a slide that was at work when a process died, and gets no other beside it.
+    """
 
     device: str
     process: BaseProcess
     line: "Connection[Any, Any]"
     at_work: dict[str, SlideSource] = field(default_factory=dict)
     took_any: bool = False
+    is_for_one: bool = False
     has_ended: bool = False
     timing: Timing = field(default_factory=Timing)
 
@@ -101,21 +105,22 @@ class _Crew:
     ) -> None:
         self._job = root, requests, options
         self._todo = deque(sorted(found.sources, key=lambda source: -source.bytes))
+        self._suspects: deque[SlideSource] = deque()  # at work when a process died
         self._tries: dict[str, int] = {}
-        self._devices = len(devices)
+        self._devices = devices
         self._workers: list[_Worker] = []
-        for device in devices:
-            self._start(device)
 
     def timing(self) -> Timing:
         """Tiles of all devices, seconds as the mean over devices."""
         total = Timing()
         for worker in self._workers:
             total.add(worker.timing)
-        return total.over(self._devices)
+        return total.over(len(self._devices))
 
     def events(self) -> Iterator[Event]:
-        """What the processes tell, until all have ended."""
+        """Start the processes; what they tell, until all have ended."""
+        for device in self._devices:
+            self._start(device)
         while lines := {worker.line: worker for worker in self._workers if not worker.has_ended}:
             for line in wait(list(lines)):
                 worker = lines[line]  # type: ignore[index]  # one of those that were waited for
@@ -134,6 +139,7 @@ class _Crew:
                         yield kind, *what
                     case "ended":
                         worker.has_ended, worker.timing = True, what[0]
+                        self._replace(worker)
                     case "fault":
                         raise what[0]
                     case _:
@@ -157,11 +163,22 @@ class _Crew:
         self._workers.append(_Worker(device, process, ours))
 
     def _send_next(self, worker: _Worker) -> None:
-        source = self._todo.popleft() if self._todo else None
+        source = self._next_for(worker)
         if source is not None:
             worker.at_work[source.relpath], worker.took_any = source, True
         with suppress(OSError):  # it has died; the next look at its line says so
             worker.line.send(source)
+
+    def _next_for(self, worker: _Worker) -> SlideSource | None:
+        if self._suspects and not worker.took_any:
+            worker.is_for_one = True
+            return self._suspects.popleft()
+        return None if worker.is_for_one or not self._todo else self._todo.popleft()
+
+    def _replace(self, worker: _Worker) -> None:
+        """Start another process in an ended one's place, if there is something left to do."""
+        if self._todo or self._suspects:
+            self._start(worker.device)
 
     def _bury(self, worker: _Worker) -> Iterator[Event]:
         """A process has died: have its slides tried again, and start another in its place."""
@@ -174,15 +191,14 @@ class _Crew:
         for source in worker.at_work.values():
             tries = self._tries[source.relpath] = self._tries.get(source.relpath, 0) + 1
             if tries < _TRIES:
-                self._todo.appendleft(source)
+                self._suspects.append(source)
                 continue
             error = WorkerDiedError(
                 f"{source.location}: a process that had it at work died {_TRIES} times (exit code {code}); try it alone, or "
                 f"leave it out"
             )
             yield "finished", source, failure(source, slide_key(source.relpath), error, "process")
-        if self._todo:
-            self._start(worker.device)
+        self._replace(worker)
 
 
 def _share_threads(options: ExtractOptions, devices: int) -> ExtractOptions:

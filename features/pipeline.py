@@ -187,6 +187,8 @@ class Pipeline:
     def __init__(
         self, store: FeatureStore, runners: Sequence[EncoderRunner], options: ExtractOptions, observer: Observer
     ) -> None:
+        if store.tiling != options.prepare.tiling:
+            raise UsageError(f"{store.root}: this store's tiling is {store.tiling}, not {options.prepare.tiling}")
         self._store = store
         names = Counter(str(stored_identity(each, options)["name"]) for each in runners)
         for name, count in names.items():
@@ -201,6 +203,7 @@ class Pipeline:
         self._works: dict[TileJob, _Work] = {}
         self.timing = Timing()
         self._last = 0.0
+        self._busy_s = self._busy_so_far()
 
     def release_all(self) -> None:
         """Give back what an aborted run still holds."""
@@ -376,7 +379,7 @@ class Pipeline:
         for job in batch.ended:
             work = self._works.pop(job)
             counts = Timing(
-                len(job.grid) - job.first, cells_needed=job.cells_needed, cells_decoded=job.cells_decoded,
+                cells_needed=job.cells_needed, cells_decoded=job.cells_decoded,
                 peak_bytes=peak_memory_bytes(), peak_gpu_bytes=max(lane.runner.peak_bytes for lane in self._lanes),
             )  # fmt: skip
             work.timing.add(counts)
@@ -390,8 +393,8 @@ class Pipeline:
         place = np.concatenate([[0], np.cumsum(flight.rows)])  # of each tile among those that were encoded
         for span in batch.spans:
             work = self._works[span.job]
-            if not work.wants(lane):
-                continue
+            if not work.wants(lane) or span.job.error is not None:
+                continue  # an error leaves tiles undone that may well be readable: they are not to be kept as if not
             part: EncodedBatch | Exception
             if isinstance(encoded, EncodedBatch):
                 rows = slice(place[span.start], place[span.stop])
@@ -408,15 +411,18 @@ class Pipeline:
 
     def _account(self, spans: Sequence[TileSpan], waited_s: float) -> None:
         """Put the time since the last call to the run, and to slides by their part in the batch."""
-        now, busy_s = time.perf_counter(), sum(lane.runner.busy_s for lane in self._lanes)
-        loop_s, busy_s = now - self._last, busy_s - self.timing.encoder_busy_s
-        self._last = now
-        self.timing.add(Timing(loop_s=loop_s, waited_s=waited_s, encoder_busy_s=busy_s))
+        now, busy = time.perf_counter(), self._busy_so_far()
+        loop_s, busy_s = now - self._last, busy - self._busy_s
+        self._last, self._busy_s = now, busy
         tiles = sum(len(span) for span in spans)
+        self.timing.add(Timing(tiles, loop_s, waited_s, busy_s))
         for span in spans:
             share = len(span) / tiles
-            part = Timing(loop_s=loop_s * share, waited_s=waited_s * share, encoder_busy_s=busy_s * share)
+            part = Timing(len(span), loop_s * share, waited_s * share, busy_s * share)
             self._works[span.job].timing.add(part)
+
+    def _busy_so_far(self) -> float:
+        return sum(lane.runner.busy_s for lane in self._lanes)
 
     # --- 4: write ---
 

@@ -145,7 +145,8 @@ def stream_jobs(
 ) -> Generator[TileBatch, None, None]:
     """Batches of the tiles of all jobs, one job after the other; a batch is full unless it is the last.
 
-    ``jobs`` is gone through in the threads, one at a time, and may make them wait; all tiles have the same size.
+    ``jobs`` is gone through in the threads, one at a time, and may make them wait. All tiles have the same size; a job whose
+    have another gets a ValueError as its ``error``.
 
     Args:
         allocate: makes the memory for a batch, such as memory that a GPU can copy from.
@@ -394,9 +395,15 @@ class _Pool:
 
     def _planned(self, jobs: Iterator[TileJob]) -> Generator[_Task, None, None]:
         """Tiles in order, with the cells that are to be decoded for them; waits for room, and for jobs."""
+        tile_px: int | None = None
         try:
             for job in jobs:
                 try:
+                    tile_px = tile_px or job.grid.tile_px
+                    if job.grid.tile_px != tile_px:
+                        raise ValueError(
+                            f"tiles of {job.grid.tile_px} px cannot share batches with tiles of {tile_px} px"
+                        )
                     source = _Source(job)
                     left = source.cells.uses(job.first) if source.cells.shared else None
                 except Exception as error:  # noqa: BLE001 - kept, and raised by whoever asked for the job

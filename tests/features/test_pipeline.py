@@ -17,12 +17,15 @@ from features import (
     extract_slides,
     load_encoder,
 )
+from features.cohort import extract_cohort
 from features.custom import ColourMoments
 from features.encoder import Encoder, EncoderSpec
 from features.timing import Timing
 from tests.features.test_cohort import ENCODER, OPTIONS, codes, slide_file
-from wsi import Slide
+from wsi import Slide, Tiling
+from wsi.discover import discover
 from wsi.errors import UsageError
+from wsi.readers.tiff import TiffReader
 from wsi.stream import TileJob
 
 
@@ -127,6 +130,32 @@ def test_encoders_that_stopped_at_different_tiles_each_go_on_where_they_were(
     )
 
 
+def test_tiles_that_an_error_left_undone_are_not_taken_for_unreadable_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's disk goes away for a while; what is staged then is taken up by the next run."""
+    monkeypatch.setattr("features.arrays.SHARD_ROWS", 1)
+    monkeypatch.setattr("features.writing.SHARD_ROWS", 1)
+    monkeypatch.setattr("features.arrays.CHUNK_ROWS", 1)
+    slide = slide_file(tmp_path / "a.tif")
+    read = TiffReader.read_stored
+    calls: list[int] = []
+
+    def gone(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 20:
+            raise OSError("gone")
+        return read(self, *arguments)
+
+    options = ExtractOptions(prepare=OPTIONS.prepare, batch_size=16, max_unreadable=1)
+    monkeypatch.setattr(TiffReader, "read_stored", gone)
+    assert extract_slides(slide, tmp_path / "out", ENCODER, options).count("failed") == 1
+    monkeypatch.setattr(TiffReader, "read_stored", read)
+    report = extract_slides(slide, tmp_path / "out", ENCODER, options)
+    assert report.count("done") == 1
+    assert report.outcomes[0].facts["n_unreadable"] == 0
+
+
 def test_batches_go_over_the_end_of_a_slide(two_slides: Path, tmp_path: Path) -> None:
     encoder, module = means()
     report = extract_slides(two_slides, tmp_path / "out", encoder, OPTIONS)
@@ -176,6 +205,13 @@ def test_two_encoders_of_one_name_are_refused(two_slides: Path, tmp_path: Path) 
         extract_slides(two_slides, tmp_path / "out", [ENCODER, ENCODER], OPTIONS)
 
 
+def test_a_store_of_another_tiling_is_refused(two_slides: Path, tmp_path: Path) -> None:
+    """Its slides' tiles would share batches with tiles of another size."""
+    store = FeatureStore.create(tmp_path / "out", Tiling(mpp=1.0, tile_px=32))
+    with pytest.raises(UsageError, match="tile_px=32.*not.*tile_px=64"):
+        extract_cohort(discover(two_slides), store, EncoderRunner(means()[0]), OPTIONS)
+
+
 class TestTiming:
     def test_the_parts_of_slides_are_those_of_the_run(self, two_slides: Path, tmp_path: Path) -> None:
         report = extract_slides(two_slides, tmp_path / "out", ENCODER, OPTIONS)
@@ -187,6 +223,22 @@ class TestTiming:
         assert run["loop_s"] <= report.seconds
         assert report.timing.tiles == sum(outcome.facts["n_tiles"] for outcome in report.outcomes)
         assert 1e8 < report.timing.peak_bytes < 1e11
+
+    def test_a_runner_that_worked_before_begins_anew(self, two_slides: Path, tmp_path: Path) -> None:
+        runner = EncoderRunner(means()[0])
+        store = FeatureStore.create(tmp_path / "out", OPTIONS.prepare.tiling)
+        runner.busy_s = 1000.0
+        report = extract_cohort(discover(two_slides), store, runner, OPTIONS)
+        assert 0 < report.timing.encoder_busy_s < report.seconds
+
+    def test_tiles_of_a_slide_that_failed_count_as_far_as_they_went(self, tmp_path: Path) -> None:
+        slide = slide_file(tmp_path / "a.tif")
+        whole = extract_slides(slide, tmp_path / "whole", ENCODER, OPTIONS).timing.tiles
+        bad, module = means()
+        module.fault = lambda _: fail()
+        report = extract_slides(slide, tmp_path / "out", bad, ExtractOptions(prepare=OPTIONS.prepare, batch_size=4))
+        assert report.count("failed") == 1
+        assert 0 < report.timing.tiles < whole / 2
 
     @pytest.mark.parametrize(
         ("timing", "said"),

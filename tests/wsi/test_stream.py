@@ -172,6 +172,33 @@ def test_memory_that_is_given_back_serves_one_later_batch() -> None:
     assert 2 <= len(memory) <= 5
 
 
+def test_memory_that_is_released_serves_later_batches_and_ends_alone_give_none() -> None:
+    """A slide without tiles, all that was there being taken, comes as a batch of nothing but its end."""
+    slide = slide_of(Tiled(picture()))
+    grid = slide.lattice(Tiling(mpp=0.25, tile_px=32))
+    ended, shapes = threading.Event(), []
+
+    def jobs() -> Any:
+        yield TileJob(slide, replace(grid, xy=grid.xy[:0], tissue=grid.tissue[:0]))
+        assert ended.wait(10)
+        yield TileJob(slide, grid)
+
+    def allocate(shape: Any) -> Any:
+        shapes.append(shape)
+        return np.empty(shape, np.uint8)
+
+    done = 0
+    for batch in stream_jobs(jobs(), batch_size=8, ahead=2, allocate=allocate):
+        for row, index in zip(batch.pixels, range(done, done + len(batch)), strict=True):
+            np.testing.assert_array_equal(row, slide.read_tile(grid, index))
+        done += len(batch)
+        batch.release()
+        ended.set()
+    assert done == len(grid)
+    assert set(shapes) == {(8, 32, 32, 3)}
+    assert len(shapes) <= 4
+
+
 def test_a_job_that_fails_leaves_the_others_alone() -> None:
     def gone(place: Any) -> None:
         if place == (96, 64):
@@ -186,6 +213,17 @@ def test_a_job_that_fails_leaves_the_others_alone() -> None:
     assert isinstance(jobs[0].error, NotASlideError)
     assert done[jobs[0]] < len(jobs[0].grid)
     assert (jobs[1].error, done[jobs[1]]) == (None, len(jobs[1].grid))
+
+
+def test_a_job_of_another_tile_size_is_an_error_and_not_wrong_pixels() -> None:
+    slide = slide_of(Tiled(picture()))
+    jobs = [TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=px))) for px in (32, 24, 32)]
+    done = dict.fromkeys(jobs, 0)
+    for batch in stream_jobs(jobs, batch_size=8):
+        for span in batch.spans:
+            done[span.job] += len(span)
+    assert isinstance(jobs[1].error, ValueError)
+    assert [done[job] for job in jobs] == [len(jobs[0].grid), 0, len(jobs[2].grid)]
 
 
 def test_a_cancelled_job_ends_soon() -> None:
