@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import cycle, islice, product
+from itertools import count, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,11 @@ from wsi.area import area_resize
 from wsi.grid import TileGrid
 from wsi.phantom import Codec
 from wsi.readers import Pixels, open_reader
-from wsi.stream import TileStream
+from wsi.stream import TileJob, TileStream, stream_jobs
 
 TILE_PX = 256
 SIDE_PX = 2 * TILE_PX  # 0.5 mpp from 0.25
-BATCH = 32
+BATCH, BATCHES = 16, 4  # small: what the stream has read ahead when a turn ends is lost to its rate
 COMPARED = 32  # places; all of them for our own
 SIZE = (SIDE_PX, SIDE_PX)
 
@@ -245,12 +245,19 @@ def rate_of(steps: Iterator[int], seconds: float) -> Rate:
 
 
 def tile_by_tile(read: Read, grid: TileGrid, threads: int) -> Callable[[float], Rate]:
-    """A function that reads for some seconds; the next call goes on where the last stopped, so no tile is warm."""
-    around, pool = cycle(places_of(grid)), ThreadPoolExecutor(threads)
+    """A function that reads for some seconds; the next call goes on where the last stopped, so no tile is warm.
+
+    Tiles are put into batches in turn, as an encoder takes them, and as the stream delivers them.
+    """
+    around, pool = enumerate(cycle(places_of(grid))), ThreadPoolExecutor(threads)
+    batches = np.zeros((BATCHES * BATCH, TILE_PX, TILE_PX, 3), np.uint8)
+
+    def put(numbered: tuple[int, Place]) -> None:
+        batches[numbered[0] % len(batches)] = read(numbered[1])
 
     def steps() -> Iterator[int]:
         while True:
-            yield sum(1 for _ in pool.map(read, islice(around, 8 * threads)))
+            yield sum(1 for _ in pool.map(put, islice(around, 8 * threads)))
 
     return lambda seconds: rate_of(steps(), seconds)
 
@@ -259,9 +266,11 @@ def streamed(slide: Slide, grid: TileGrid, threads: int) -> Callable[[float], Ra
     """The same for the stream, which begins anew with every call: what it read ahead meanwhile would come for nothing."""
 
     def steps() -> Generator[int, None, None]:
-        while True:
-            for batch in TileStream(slide, grid, batch_size=BATCH, threads=threads):
+        again = (TileJob(slide, grid) for _ in count())
+        with closing(stream_jobs(again, batch_size=BATCH, threads=threads)) as batches:
+            for batch in batches:
                 yield len(batch)
+                batch.release()
 
     def run(seconds: float) -> Rate:
         with closing(steps()) as batches:
