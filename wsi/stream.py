@@ -398,7 +398,9 @@ class _Pool:
                 try:
                     tile_px = tile_px or job.grid.tile_px
                     if job.grid.tile_px != tile_px:
-                        raise ValueError(f"tiles of {job.grid.tile_px} px cannot share batches with tiles of {tile_px} px")
+                        raise ValueError(
+                            f"tiles of {job.grid.tile_px} px cannot share batches with tiles of {tile_px} px"
+                        )
                     source = _Source(job)
                     left = source.cells.uses(job.first) if source.cells.shared else None
                 except Exception as error:  # noqa: BLE001 - kept, and raised by whoever asked for the job

@@ -212,7 +212,7 @@ def test_two_encoders_of_one_name_are_refused(two_slides: Path, tmp_path: Path) 
 def test_a_store_of_another_tiling_is_refused(two_slides: Path, tmp_path: Path) -> None:
     """Its slides' tiles would share batches with tiles of another size."""
     store = FeatureStore.create(tmp_path / "out", Tiling(mpp=1.0, tile_px=32))
-    with pytest.raises(UsageError, match="tile_px=32.*not.*tile_px=64"):
+    with pytest.raises(UsageError, match=r"tile_px=32.*not.*tile_px=64"):
         extract_cohort(discover(two_slides), store, EncoderRunner(means()[0]), OPTIONS)
 
 
