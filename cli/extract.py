@@ -1,6 +1,7 @@
 """wsi-extract: a folder of slides into verified feature stores."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def _summary(report: Any, out: Path, console: PatientConsole) -> None:
 
 
 def _dry_run(found: Discovery, out: Path, values: dict[str, Any]) -> int:
+    from features.devices import devices_of
     from features.encoder import load_encoder
     from features.plan import PlannedSlide, plan_cohort
     from features.runner import EncoderRunner
@@ -152,7 +154,8 @@ def _dry_run(found: Discovery, out: Path, values: dict[str, Any]) -> int:
     requests = _encoders(values)
     if len(requests) > 1:
         raise click.UsageError("--dry-run judges one encoder at a time")
-    plan = plan_cohort(found, out, EncoderRunner(load_encoder(requests[0])), _options(values), judged)
+    request = replace(requests[0], device=devices_of(requests)[0])  # one is enough to tell how fast it is
+    plan = plan_cohort(found, out, EncoderRunner(load_encoder(request)), _options(values), judged)
     failed = sum(slide.code != "OK" for slide in plan.slides)
     done = sum(slide.done for slide in plan.slides)
     time_here = f", about {_span(plan.seconds)} here" if plan.seconds is not None else ""

@@ -145,8 +145,11 @@ class _Finished:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _Passed:
+    """Tiles of a slide are through, by all encoders."""
+
     work: _Work
+    span: TileSpan
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class _Flight:
     encoding: Encoding | Exception
 
 
-_Item = _Finished | _Begun | _Rows | _Ended
+_Item = _Finished | _Rows | _Passed | _Ended
 
 
 class Pipeline:
@@ -223,8 +226,10 @@ class Pipeline:
                 match item:
                     case _Finished(source, outcome):
                         yield source, outcome
-                    case _Begun(work):
-                        self._observer.slide_started(work.source, len(work.job.grid), work.job.first)
+                    case _Passed(work, span):
+                        if span.first == work.job.first:
+                            self._observer.slide_started(work.source, len(work.job.grid), work.job.first)
+                        self._observer.tiles_done(len(span))
                     case _Rows():
                         self._write(item)
                     case _Ended(work):
@@ -350,7 +355,6 @@ class Pipeline:
             asked = self._last
             while (batch := next(batches, None)) is not None:
                 waited_s = time.perf_counter() - asked
-                yield from (_Begun(self._works[span.job]) for span in batch.spans if span.first == span.job.first)
                 flying.append((batch, [self._start(batch, lane) for lane in self._lanes], waited_s))
                 while len(flying) >= in_flight:
                     yield from self._land(*flying.popleft())
@@ -376,6 +380,7 @@ class Pipeline:
             yield from self._landed(flight)
         batch.release()
         self._account(batch.spans, waited_s)
+        yield from (_Passed(self._works[span.job], span) for span in batch.spans)
         for job in batch.ended:
             work = self._works.pop(job)
             counts = Timing(
@@ -437,8 +442,6 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001 - recorded, as `failure`
             work.unwritten.add(lane)
             work.fail(lane, error)
-        if lane is next(iter(work.writers)):
-            self._observer.tiles_done(len(rows.status))
 
     def _finish(self, work: _Work) -> Outcome:
         stage = "read"

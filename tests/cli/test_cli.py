@@ -125,6 +125,13 @@ def test_an_output_that_cannot_be_written_is_exit_code_5(command: Any, tmp_path:
     assert err.startswith("OUTPUT_NOT_WRITABLE: ")
 
 
+def test_a_dry_run_judges_several_devices_by_one(command: Any, tmp_path: Path) -> None:
+    slide_file(tmp_path / "slides" / "a.tif")
+    arguments = ("wsi-extract", tmp_path / "slides", tmp_path / "out", *SMALL, "--dry-run")
+    code, out, _ = command(*arguments, "--device", "cpu,cpu")
+    assert (code, "tiles to encode" in out) == (0, True)
+
+
 def test_a_dry_run_says_what_it_would_be_and_writes_nothing(command: Any, tmp_path: Path) -> None:
     slide_file(tmp_path / "slides" / "a.tif")
     (tmp_path / "slides" / "b.svs").touch()

@@ -22,6 +22,7 @@ from features.custom import ColourMoments
 from features.encoder import Encoder, EncoderSpec
 from features.timing import Timing
 from tests.features.test_cohort import ENCODER, OPTIONS, codes, slide_file
+from tests.features.test_devices import Recorder
 from wsi import Slide, Tiling
 from wsi.discover import discover
 from wsi.errors import UsageError
@@ -120,9 +121,12 @@ def test_encoders_that_stopped_at_different_tiles_each_go_on_where_they_were(
         assert extract_slides(slide, tmp_path / "out", encoder, options).count("failed") == 1
         module.fault = lambda pixels: None
         module.calls.clear()
-    report = extract_slides(slide, tmp_path / "out", [encoders["one"][0], encoders["two"][0]], options)
+    told = Recorder()
+    both = [encoders["two"][0], encoders["one"][0]]
+    report = extract_slides(slide, tmp_path / "out", both, options, observer=told)
     n_tiles = report.outcomes[0].facts["n_tiles"]
     assert report.count("done") == 1
+    assert told.tiles == report.timing.tiles == n_tiles - 32
     assert sum(encoders["one"][1].calls) == n_tiles - 32
     assert sum(encoders["two"][1].calls) == n_tiles - 64
     np.testing.assert_allclose(

@@ -265,6 +265,25 @@ def test_leaving_early_stops_the_threads() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("read")]
 
 
+def test_leaving_early_takes_no_more_jobs_and_ends_what_makes_them() -> None:
+    slide = slide_of(Tiled(picture()))
+    asked: list[TileJob] = []
+    closed = []
+
+    def jobs() -> Any:
+        try:
+            while True:
+                asked.append(TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=32))))
+                yield asked[-1]
+        finally:
+            closed.append(len(asked))
+
+    batches = stream_jobs(jobs(), batch_size=4, ahead=1)
+    next(batches)
+    batches.close()
+    assert closed == [1]
+
+
 def test_errors_that_are_not_about_one_tile_are_raised() -> None:
     def gone(place: Any) -> None:
         raise NotASlideError("a.svs: the file went away")

@@ -86,30 +86,30 @@ class PerProcess(Generic[Handle]):
 
     def __init__(self) -> None:
         self._locks: dict[int, threading.Lock] = {}
-        self._owner = 0
-        self._handle: Handle | None = None
+        self._held: tuple[int, Handle] | None = None  # process and handle, one value: they are read without the lock
 
     def get(self, opener: Callable[[], Handle]) -> Handle:
         """The handle of this process, made by ``opener()`` if there is none."""
-        handle = self._handle
-        if handle is not None and self._owner == os.getpid():
-            return handle
+        held = self._held
+        if held is not None and held[0] == os.getpid():
+            return held[1]
         with self._lock():
-            if self._handle is None or self._owner != os.getpid():
-                self._handle, self._owner = opener(), os.getpid()
-            return self._handle
+            held = self._held
+            if held is None or held[0] != os.getpid():
+                held = self._held = os.getpid(), opener()
+            return held[1]
 
     def drop(self, handle: Handle) -> None:
         """Forget a handle that failed; it is closed when the last thread that reads from it lets go."""
         with self._lock():
-            if self._handle is handle:
-                self._handle = None
+            if self._held is not None and self._held[1] is handle:
+                self._held = None
 
     def take(self) -> Handle | None:
         """Remove and return this process's handle, if it has one."""
         with self._lock():
-            handle, self._handle = self._handle, None
-            return handle if self._owner == os.getpid() else None
+            held, self._held = self._held, None
+            return held[1] if held is not None and held[0] == os.getpid() else None
 
     def _lock(self) -> threading.Lock:
         # By process: a lock that another thread held at the moment of a fork would stay locked in the child.
