@@ -24,9 +24,11 @@ from features.store import FeatureStore
 from features.timing import Timing
 from wsi.discover import Discovery, SlideSource
 from wsi.errors import DeviceError, UsageError, WorkerDiedError, WsiError
+from wsi.stream import default_read_threads
 
 __all__ = ["devices_of", "extract_on_devices"]
 
+_END_WITHIN_S = 30.0
 _TRIES = 2  # of a slide that was at work when a process died: which of several was the cause the second tells, alone
 
 
@@ -152,7 +154,9 @@ class _Crew:
                 worker.process.terminate()
             worker.line.close()  # or it might wait for an answer
         for worker in self._workers:
-            worker.process.join()
+            worker.process.join(_END_WITHIN_S)
+            if worker.process.is_alive():  # stuck in a driver or a network disk
+                worker.process.kill()
 
     def _start(self, device: str) -> None:
         context = multiprocessing.get_context("spawn")  # a forked child would inherit CUDA and decoders half alive
@@ -202,7 +206,9 @@ class _Crew:
 
 
 def _share_threads(options: ExtractOptions, devices: int) -> ExtractOptions:
-    return replace(options, read_threads=max(1, options.read_threads // devices))
+    """The cores shared out, unless somebody asked for a number of reading threads: that is for each device."""
+    asked = options.read_threads != default_read_threads()
+    return options if asked else replace(options, read_threads=default_read_threads(devices))
 
 
 # --- in the processes ---

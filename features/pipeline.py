@@ -54,7 +54,7 @@ class ExtractOptions:
     Attributes:
         prepare: tiling, tissue and reading.
         batch_size: tiles per forward pass; halved by itself when the GPU's memory is too small.
-        read_threads: threads that decode tiles.
+        read_threads: threads that decode tiles, for each device.
         dtype: ``float32``, ``float16``, or ``auto``: as precise as the encoder's own arithmetic.
         name: what the features are called in the store, where it is not to be the encoder's own name.
         max_unreadable: a slide of which a larger share of tiles cannot be read fails.

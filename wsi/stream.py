@@ -130,9 +130,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def default_read_threads() -> int:
-    """As many as there are cores this process may use, at most 8."""
-    return max(1, min(8, available_cores()))
+def default_read_threads(processes: int = 1) -> int:
+    """As many as there are cores for each of so many processes, at most 8."""
+    return max(1, min(8, available_cores() // processes))
 
 
 def stream_jobs(

@@ -1,5 +1,6 @@
 """TileStream: every tile, in order, whatever the threads; bounded; bad tiles marked."""
 
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -17,7 +18,7 @@ from wsi import Annotation, Slide, TileStream, Tiling
 from wsi.errors import NotASlideError
 from wsi.readers import ArrayReader
 from wsi.resolution import Mpp
-from wsi.stream import TileJob, stream_jobs
+from wsi.stream import TileJob, _Cell, stream_jobs
 
 EVERYTHING = [Annotation(shapely.box(0, 0, 10_000, 10_000))]
 
@@ -119,6 +120,19 @@ def test_each_piece_of_the_file_is_decoded_once(kind: Any, overlap_px: int, firs
     job = TileJob(slide, slide.lattice(Tiling(mpp=0.5, tile_px=64, overlap_px=overlap_px)), first)
     assert sum(len(batch) for batch in stream_jobs([job], batch_size=4, threads=3)) == len(job.grid) - first
     assert len(reader.boxes) == len(set(reader.boxes)) == job.cells_decoded == job.cells_needed > 0
+
+
+@pytest.mark.parametrize("overlap_px", [0, 8])
+def test_cells_are_let_go_when_no_tile_needs_them_any_more(overlap_px: int) -> None:
+    image = np.tile(picture()[:128, :192], (40, 1, 1))  # far more rows than tiles have
+    slide = slide_of(Tiled(image))
+    job = TileJob(slide, slide.lattice(Tiling(mpp=0.5, tile_px=16, overlap_px=overlap_px)))
+    alive = []
+    for batch in stream_jobs([job], batch_size=6, threads=1, ahead=2):
+        alive.append(sum(type(thing) is _Cell for thing in gc.get_objects()))
+        batch.release()
+    assert job.cells_needed > 500
+    assert max(alive) < 80
 
 
 def test_memory_that_does_not_suffice_costs_decoding_twice_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
