@@ -7,6 +7,7 @@ the stream, which gives reduced tiles alone, with area means of OpenSlide's. Our
 grey level for JPEG 2000. All ways take turns in short runs, so a slow spell of the machine meets all; the best run counts.
 
     python benchmarks/read.py --quick
+    python benchmarks/read.py --slides a.svs b.svs      # real ones; tiles of 512 level-0 pixels become 256
 
 libvips and cuCIM are measured where they are installed (``benchmarks/requirements.txt``); what is missing is said.
 """
@@ -28,6 +29,7 @@ from typing import Any
 import cv2
 import numpy as np
 import openslide
+import tifffile
 import tiffslide
 from figures import Figure, parser, report
 from PIL import Image
@@ -49,7 +51,7 @@ SIZE = (SIDE_PX, SIDE_PX)
 # Written as densely as scanners do: about two bits a pixel on tissue, for RGB with whole chroma two and a half.
 QUALITY: dict[Codec, int] = {"jpeg": 78, "jpeg-rgb": 30, "jpeg2000": 50, "jpeg2000-rgb": 30}
 # What the stream should do on one thread, times what OpenSlide with Pillow does.
-REACH = {"jpeg": 6.0, "jpeg-rgb": 6.0, "jpeg2000": 2.0, "jpeg2000-rgb": 2.0}
+REACH: dict[str, float] = {"jpeg": 6.0, "jpeg-rgb": 6.0, "jpeg2000": 2.0, "jpeg2000-rgb": 2.0}
 STREAM, DIRECT, PILLOW, CUCIM = "ours, stream", "ours, tile by tile", "OpenSlide + Pillow", "cuCIM, CPU"
 
 Place = tuple[int, int]
@@ -172,7 +174,7 @@ def importable_ways() -> list[str]:
     return names
 
 
-def opened_ways(names: list[str], path: Path, codec: Codec) -> list[Way]:
+def opened_ways(names: list[str], path: Path, codec: str) -> list[Way]:
     """The ways that read this file; those that cannot are said."""
     ways = []
     for name in names:
@@ -290,14 +292,15 @@ def rates(ways: list[Way], slide: Slide, grid: TileGrid, threads: int, turns: Tu
     return {name: max(each, key=lambda rate: rate.tiles_per_s) for name, each in taken.items()}
 
 
-def measure(path: Path, codec: Codec, names: list[str], turns: Turns) -> list[Figure]:
+def measure(path: Path, codec: str, names: list[str], turns: Turns) -> list[Figure]:
+    """``codec`` is how the figures are named; one grey level is allowed where that speaks of jpeg2000."""
     ways = opened_ways(names, path, codec)
     figures = [Figure(f"{codec}: tissue", bits_per_pixel(path), "bits/pixel")]
-    with Slide.open(path, reader="tiff") as slide:
+    with Slide.open(path, reader="tiff", mpp=0.25) as slide:
         plain, half = lattice(slide.size, SIDE_PX), lattice(slide.size, SIDE_PX // 2)
         figures += differences(codec, ways, slide, plain)
         one, two = (rates(ways, slide, plain, threads, turns) for threads in (1, 2))
-        figures += speeds(f"{codec}, 1 thread", one) + ratios(f"{codec}, 1 thread", one, REACH[codec])
+        figures += speeds(f"{codec}, 1 thread", one) + ratios(f"{codec}, 1 thread", one, REACH.get(codec))
         figures += [Figure(f"{codec}: {name}, processor", rate.cpu_ms, "ms/tile") for name, rate in one.items()]
         figures += speeds(f"{codec}, 2 threads", two) + ratios(f"{codec}, 2 threads", two, None)
         gain = two[STREAM].tiles_per_s / one[STREAM].tiles_per_s
@@ -332,16 +335,28 @@ def opening(path: Path, codec: str) -> Figure:
     return Figure(f"{codec}: opening, with the comparison", (time.perf_counter() - start) / 5 * 1000, "ms")
 
 
+def codec_of(path: Path) -> str:
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        return "jpeg2000" if page.compression in (33003, 33005) else "jpeg"
+
+
 def main() -> None:
-    chosen = parser(__doc__).parse_args()
+    given = parser(__doc__)
+    given.add_argument("--slides", type=Path, nargs="+", metavar="FILE", help="real slides in place of phantoms")
+    chosen = given.parse_args()
     cv2.setNumThreads(1)  # what is counted is the threads that read
     side = 6144 if chosen.quick else 16384  # more than any reader's cache holds when a tile's turn comes again
     turns = Turns(0.2, 2) if chosen.quick else Turns(2.0, 5)
     os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)  # else cuCIM leaves a cufile.log where this is run
     names = importable_ways()
     figures: list[Figure] = []
+    for path in chosen.slides or ():
+        what = f"{path.name}, {codec_of(path)}"
+        figures += [*measure(path, what, names, turns), opening(path, what)]
     with tempfile.TemporaryDirectory() as folder:
-        for codec, quality in QUALITY.items():
+        for codec, quality in () if chosen.slides else QUALITY.items():
             if codec == "jpeg2000-rgb" and chosen.quick:
                 continue
             path = Path(folder) / f"{codec}.svs"
