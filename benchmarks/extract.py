@@ -39,8 +39,11 @@ class Load:
     over_bare: float | None = None
 
 
+BARE = ("--bare-seconds", "4")
+
+
 def vit(model: str, device: str) -> tuple[str, ...]:
-    return ("--encoder", f"timm:{model}", "--random-weights", "0", "--device", device, "--bare-seconds", "4")
+    return ("--encoder", f"timm:{model}", "--random-weights", "0", "--device", device, *BARE)
 
 
 CPU = (
@@ -78,7 +81,8 @@ def encoder_figures(load: Load, painted: list[Path], work: Path) -> list[Figure]
 def biopsy_figures(load: Load, work: Path, hoped: float | None) -> list[Figure]:
     """The same tiles as many small slides and as one large one."""
     few, one = work / "biopsies", work / "one"
-    done = [extraction(slides, work / f"out-{slides.name}-{load.name}", *load.encoder) for slides in (one, few)]
+    encoder = [option for option in load.encoder if option not in BARE]
+    done = [extraction(slides, work / f"out-{slides.name}-{load.name}", *encoder) for slides in (one, few)]
     figures = []
     for what, each in zip(("large slide", "biopsies"), done, strict=True):
         figures.append(
@@ -91,9 +95,9 @@ def biopsy_figures(load: Load, work: Path, hoped: float | None) -> list[Figure]:
     return figures
 
 
-def write_biopsies(work: Path, count: int, size: tuple[int, int]) -> None:
+def write_biopsies(work: Path, count: int, size: tuple[int, int], different: int) -> None:
     """``biopsies/`` with ``count`` slides, and ``one/`` with a slide of the same tiles."""
-    painted = write_slides(work / "painted-biopsies", min(count, DIFFERENT), size, tissue_fraction=0.3)
+    painted = write_slides(work / "painted-biopsies", different, size, tissue_fraction=0.3)
     (work / "biopsies").mkdir()
     (work / "one").mkdir()
     for index in range(count):
@@ -116,7 +120,7 @@ def main() -> None:
         size = (
             (4096, 4096) if chosen.quick else (20480, 12288) if gpu else (8192, 4096)
         )  # as long as the encoder is quick
-        write_biopsies(work, 4 if chosen.quick else BIOPSIES, size)
+        write_biopsies(work, *((4, size, 1) if chosen.quick else (BIOPSIES, size, DIFFERENT)))
         real = GPU[0] if gpu else CPU[-1]
         for load, hoped in ((real, 0.9),) if chosen.quick else ((CPU[0], 0.9), (real, 0.9)):
             figures += biopsy_figures(load, work, hoped)

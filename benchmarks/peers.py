@@ -224,7 +224,7 @@ def main() -> None:
         if chosen.slides is not None:
             slides = chosen.slides.absolute()
         else:
-            made = write_large_slides(slides, *((1, 2, (8192, 8192)) if chosen.quick else (4, 2)))
+            made = write_large_slides(slides, *((1, 2, (4096, 8192)) if chosen.quick else (4, 2)))
             bits = float(np.mean([bits_per_pixel(path) for path in made]))
             figures.append(Figure(f"tissue of the phantoms ({len(made)})", bits, "bits/pixel"))
         bench = Bench(every, Path(folder))
