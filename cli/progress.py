@@ -1,6 +1,7 @@
 """Progress: bars on a terminal, plain lines elsewhere."""
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,17 @@ __all__ = ["CohortProgress"]
 
 _LINE_EVERY_S = 30.0
 _MARKS = {"done": "done", "empty": "empty", "skipped": "there already", "busy": "busy", "failed": "FAILED"}
+
+
+@dataclass
+class _Running:
+    """A slide whose tiles are being encoded; ``first`` were done in an earlier run."""
+
+    total: int
+    first: int
+    began: float
+    bar: TaskID | None
+    done: int = 0
 
 
 class CohortProgress:
@@ -34,12 +46,11 @@ class CohortProgress:
                 console=console, transient=True,
             )  # fmt: skip
         self._slides: TaskID | None = None
-        self._tiles: TaskID | None = None
+        self._running: dict[str, _Running] = {}  # by path: several devices have several at once
         self._n_slides = self._n_finished = 0
         self._bytes_total = self._bytes_done = self._bytes_worked = 0
-        self._tiles_run = self._tiles_slide = self._first = self._total = 0
-        self._slide_began = self._began = self._last_line = time.monotonic()
-        self._name = ""
+        self._tiles_run = 0
+        self._began = self._last_line = time.monotonic()
 
     def __enter__(self) -> "CohortProgress":
         if self._bars is not None:
@@ -61,28 +72,27 @@ class CohortProgress:
             self._console.print(f"{sources} slides, {total_bytes / 1e9:.2f} GB", highlight=False)
 
     def slide_started(self, source: SlideSource, tiles: int, first: int) -> None:
-        self._name, self._total, self._first = source.relpath, tiles, first
-        self._tiles_slide = 0
-        self._slide_began = time.monotonic()
+        self._take_down(source)  # its bar, if it begins again because the process that had it died
+        bar = None
         if self._bars is not None:
-            if self._tiles is not None:
-                self._bars.remove_task(self._tiles)
-            self._tiles = self._bars.add_task(_short(source.relpath), total=tiles, completed=first, rate="", left="")
+            bar = self._bars.add_task(_short(source.relpath), total=tiles, completed=first, rate="", left="")
+        self._running[source.relpath] = _Running(tiles, first, time.monotonic(), bar)
 
-    def tiles_done(self, count: int) -> None:
+    def tiles_done(self, source: SlideSource, count: int) -> None:
+        slide, now = self._running[source.relpath], time.monotonic()
         self._tiles_run += count
-        self._tiles_slide += count
-        now = time.monotonic()
-        rate = self._tiles_slide / max(1e-6, now - self._slide_began)
-        left_s = (self._total - self._first - self._tiles_slide) / max(rate, 1e-6)
-        if self._bars is not None and self._tiles is not None:
-            self._bars.update(self._tiles, advance=count, rate=f"{rate:.0f} tiles/s", left=_left(left_s))
+        slide.done += count
+        rate = slide.done / max(1e-6, now - slide.began)
+        left = _left((slide.total - slide.first - slide.done) / max(rate, 1e-6))
+        if self._bars is not None and slide.bar is not None:
+            self._bars.update(slide.bar, advance=count, rate=f"{rate:.0f} tiles/s", left=left)
         elif now - self._last_line > _LINE_EVERY_S:
             self._last_line = now
-            done = self._first + self._tiles_slide
-            self._line(f"{self._name}: {done} of {self._total} tiles, {rate:.0f} tiles/s, {_left(left_s)}")
+            done = slide.first + slide.done
+            self._line(f"{source.relpath}: {done} of {slide.total} tiles, {rate:.0f} tiles/s, {left}")
 
     def slide_finished(self, source: SlideSource, outcome: "Outcome") -> None:
+        self._take_down(source)
         self._n_finished += 1
         self._bytes_done += source.bytes
         if outcome.status in ("done", "empty"):
@@ -102,6 +112,11 @@ class CohortProgress:
             words.append(f"{outcome.code}: {outcome.message}")
         tail = f" ({left})" if left and self._bars is None and self._n_finished < self._n_slides else ""
         self._line(f"[{self._n_finished}/{self._n_slides}] {source.relpath}: {', '.join(words)}{tail}")
+
+    def _take_down(self, source: SlideSource) -> None:
+        slide = self._running.pop(source.relpath, None)
+        if self._bars is not None and slide is not None and slide.bar is not None:
+            self._bars.remove_task(slide.bar)
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

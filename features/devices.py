@@ -260,7 +260,7 @@ class _Teller:
     def slide_started(self, source: SlideSource, tiles: int, first: int) -> None:
         self.tell("began", source, tiles, first)
 
-    def tiles_done(self, count: int) -> None:
-        self.tell("tiles", count)
+    def tiles_done(self, source: SlideSource, count: int) -> None:
+        self.tell("tiles", source, count)
 
     def slide_finished(self, source: SlideSource, outcome: Outcome) -> None: ...

@@ -229,7 +229,7 @@ class Pipeline:
                     case _Passed(work, span):
                         if span.first == work.job.first:
                             self._observer.slide_started(work.source, len(work.job.grid), work.job.first)
-                        self._observer.tiles_done(len(span))
+                        self._observer.tiles_done(work.source, len(span))
                     case _Rows():
                         self._write(item)
                     case _Ended(work):

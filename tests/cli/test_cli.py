@@ -314,8 +314,11 @@ def test_progress_on_a_terminal_and_off_it(monkeypatch: pytest.MonkeyPatch) -> N
                 progress.started(3, 3000)
                 source = SlideSource("a.svs", "a.svs", 1000)
                 progress.slide_started(source, 100, 20)
+                other = SlideSource("c.svs", "c.svs", 1000)  # on another device
+                progress.slide_started(other, 500, 0)
+                progress.tiles_done(other, 5)
                 clock[0] += 40
-                progress.tiles_done(40)
+                progress.tiles_done(source, 40)
                 clock[0] += 10
                 done = Outcome("a.svs", "k", "done", "OK", "", {"n_tiles": 100, "tiles_per_s": 2.0})
                 progress.slide_finished(source, done)

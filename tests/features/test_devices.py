@@ -28,7 +28,7 @@ class Recorder:
 
     def slide_started(self, source: Any, tiles: int, first: int) -> None: ...
 
-    def tiles_done(self, count: int) -> None:
+    def tiles_done(self, source: Any, count: int) -> None:
         self.tiles += count
 
     def slide_finished(self, source: Any, outcome: Any) -> None:
