@@ -194,7 +194,10 @@ def batch_memory(device: torch.device) -> Callable[[tuple[int, ...]], NDArray[np
     """Makes memory for batches of pixels: for a GPU such as it can copy from by itself."""
 
     def allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        memory: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda").numpy()
+        if device.type != "cuda":
+            return np.empty(shape, np.uint8)
+        with torch.cuda.device(device):  # or each thread that asks would take up room on the first GPU
+            memory: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
 
     return allocate

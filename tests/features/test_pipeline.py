@@ -20,6 +20,7 @@ from features import (
 from features.cohort import extract_cohort
 from features.custom import ColourMoments
 from features.encoder import Encoder, EncoderSpec
+from features.runner import EncodedBatch, Encoding
 from features.timing import Timing
 from tests.features.test_cohort import ENCODER, OPTIONS, codes, slide_file
 from tests.features.test_devices import Recorder
@@ -214,6 +215,48 @@ def test_a_store_of_another_tiling_is_refused(two_slides: Path, tmp_path: Path) 
     store = FeatureStore.create(tmp_path / "out", Tiling(mpp=1.0, tile_px=32))
     with pytest.raises(UsageError, match=r"tile_px=32.*not.*tile_px=64"):
         extract_cohort(discover(two_slides), store, EncoderRunner(means()[0]), OPTIONS)
+
+
+def test_batches_in_flight_keep_their_pixels_until_their_vectors_have_come(
+    two_slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the forward pass of a batch runs when its result is asked for, with the next one under way already."""
+    extract_slides(two_slides, tmp_path / "plain", ENCODER, OPTIONS)
+    under_way: list[int] = []
+
+    class Late(Encoding):
+        def result(self) -> EncodedBatch:
+            under_way.append(0)
+            return EncoderRunner(self.runner.encoder).encode(self.pixels)
+
+    class Flying(EncoderRunner):
+        def __init__(self, encoder: Encoder) -> None:
+            super().__init__(encoder)
+            self.in_flight = 3
+
+        def start(self, pixels: Any) -> Encoding:
+            under_way.append(1)
+            return Late(self, pixels, [])
+
+    monkeypatch.setattr("features.cohort.EncoderRunner", Flying)
+    report = extract_slides(two_slides, tmp_path / "late", ENCODER, OPTIONS)
+    assert report.count("done") == 2
+    assert under_way[:4] == [1, 1, 1, 0]
+    for key in ("a", "b"):
+        plain, late = (stored(tmp_path / out, key, ENCODER) for out in ("plain", "late"))
+        np.testing.assert_allclose(late, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_gives_what_the_cpu_gives(two_slides: Path, tmp_path: Path) -> None:
+    for device in ("cpu", "cuda:0"):
+        request = EncoderRequest("timm:resnet10t", random_seed=0, device=device, precision="fp32")
+        report = extract_slides(two_slides, tmp_path / device, request, OPTIONS)
+        assert report.count("done") == 2
+    assert report.timing.peak_gpu_bytes > 0
+    for key in ("a", "b"):
+        ours, theirs = (stored(tmp_path / out, key, "timm:resnet10t+random0") for out in ("cpu", "cuda:0"))
+        np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-2)
 
 
 class TestTiming:
