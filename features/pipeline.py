@@ -9,10 +9,8 @@
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -42,7 +40,6 @@ __all__ = ["ExtractOptions", "Pipeline", "feature_dtype", "stored_identity"]
 
 Result = TypeVar("Result")
 
-_PREPARING = 2  # slides at once: more would hold as many overviews in memory
 _PREPARED_AHEAD = 2  # slides that are open and gridded before their tiles are wanted
 _WRITES_AHEAD = 4  # encoded batches that wait to be written
 
@@ -240,29 +237,22 @@ class Pipeline:
     # --- 1: prepare ---
 
     def _prepared(self, sources: Iterable[SlideSource], put: Callable[[_Item], bool]) -> Iterator[_Work]:
-        """What needs work, opened and gridded, in order; slides that others hold are tried again at the end."""
+        """What needs work, opened and gridded; slides that others hold are tried again at the end."""
         postponed: list[SlideSource] = []
-        for item in chain(self._tried(sources), self._tried(postponed)):
+        for source in sources:
+            item = self._prepare(source)
             if isinstance(item, _Work):
                 yield item
-            elif item.outcome.status == "busy" and item.source not in postponed:
-                postponed.append(item.source)
+            elif item.outcome.status == "busy":
+                postponed.append(source)
             elif not put(item):
                 return
-
-    def _tried(self, sources: Iterable[SlideSource]) -> Iterator[_Finished | _Work]:
-        """``_prepare`` of each source, in order, two at a time."""
-        waiting: deque[Future[_Finished | _Work]] = deque()
-        pool = ThreadPoolExecutor(_PREPARING, thread_name_prefix="prepare")
-        try:
-            for source in sources:
-                waiting.append(pool.submit(self._prepare, source))
-                if len(waiting) >= _PREPARING:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for source in postponed:
+            item = self._prepare(source)
+            if isinstance(item, _Work):
+                yield item
+            elif not put(item):
+                return
 
     def _prepare(self, source: SlideSource) -> _Finished | _Work:
         key = slide_key(source.relpath)
