@@ -18,7 +18,7 @@ from wsi import Annotation, Slide, TileStream, Tiling
 from wsi.errors import NotASlideError
 from wsi.readers import ArrayReader
 from wsi.resolution import Mpp
-from wsi.stream import TileJob, _Cell, stream_jobs
+from wsi.stream import TileJob, _Cell, _drop_one, stream_jobs
 
 EVERYTHING = [Annotation(shapely.box(0, 0, 10_000, 10_000))]
 
@@ -145,6 +145,14 @@ def test_memory_that_does_not_suffice_costs_decoding_twice_and_nothing_else(monk
     assert 1 < job.cells_decoded / job.cells_needed < 4  # without any keeping it would be 9
 
 
+def test_when_memory_is_short_the_cell_that_is_needed_last_goes_first() -> None:
+    """The newest of those not in use: its next tile is a whole row away, the older ones' come before."""
+    source: Any = None
+    kept = {(x, 0): _Cell(source, (x, 0)) for x in (0, 48, 96, 144)}
+    _drop_one(kept, [(144, 0)])
+    assert list(kept) == [(0, 0), (48, 0), (144, 0)]
+
+
 def test_jobs_follow_each_other_in_full_batches() -> None:
     """A batch is filled up with the next slide's tiles; spans say whose is which; ends come in order."""
     slides = [slide_of(Tiled(picture()[: 64 * n, :])) for n in (1, 2, 3)]
@@ -238,6 +246,30 @@ def test_a_job_of_another_tile_size_is_an_error_and_not_wrong_pixels() -> None:
             done[span.job] += len(span)
     assert isinstance(jobs[1].error, ValueError)
     assert [done[job] for job in jobs] == [len(jobs[0].grid), 0, len(jobs[2].grid)]
+
+
+def test_after_an_error_little_more_of_the_job_is_read() -> None:
+    def gone(place: Any) -> None:
+        if place == (48, 0):
+            raise NotASlideError("a.svs: the file went away")
+
+    reader = Tiled(np.tile(picture()[:128, :192], (10, 1, 1)), gone)
+    slide = slide_of(reader)
+    job = TileJob(slide, slide.lattice(Tiling(mpp=0.25, tile_px=32)))
+    list(stream_jobs([job], batch_size=8, ahead=2))
+    assert isinstance(job.error, NotASlideError)
+    assert len(reader.boxes) < job.cells_needed / 2
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "deflate", None])
+def test_beyond_the_edge_a_files_own_tiles_are_background(tmp_path: Path, compression: Any) -> None:
+    path = write_tiff(tmp_path / "a.tif", picture()[:200, :300], compression=compression)
+    with Slide.open(path, reader="tiff") as slide:
+        grid = slide.lattice(Tiling(tile_px=90, edge="pad"))
+        pixels, readable = collect(TileStream(slide, grid, batch_size=5))
+        assert readable.all()
+        np.testing.assert_array_equal(pixels, [slide.read_tile(grid, index) for index in range(len(grid))])
+        assert (pixels[-1, 200 - grid.xy[-1, 1] :] == slide.reader.background).all()
 
 
 def test_a_cancelled_job_ends_soon() -> None:

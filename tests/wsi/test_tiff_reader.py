@@ -21,7 +21,7 @@ from tests.wsi.test_readers import corrupt_one_tile, picture, write_tiff
 from wsi.errors import NotASlideError, PixelsDifferError, ReadError
 from wsi.phantom import Phantom, PhantomSpec, write_svs
 from wsi.readers import open_reader
-from wsi.readers._tiles import Coding
+from wsi.readers._tiles import Coding, may_lack_data
 from wsi.readers.openslide import OpenSlideReader
 from wsi.readers.tiff import TiffReader, _File
 
@@ -196,6 +196,21 @@ class TestDamage:
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(read, range(200)))
+
+
+RESTARTS = b"\xff\xdd\x00\x04\x00\x08"
+
+
+@pytest.mark.parametrize(
+    ("data", "tables", "lacks"),
+    [(b"", None, False), (b"", b"", False), (RESTARTS, None, True), (RESTARTS, b"", True), (b"", RESTARTS, True)],
+)
+def test_grey_within_a_tile_is_a_lack_only_where_decoding_takes_up_again(data: bytes, tables: Any, lacks: bool) -> None:
+    tile = np.full((64, 64, 3), 200, np.uint8)
+    tile[16:32, 24:40] = 128
+    assert may_lack_data(tile, data, tables) is lacks
+    tile[56:, 56:] = 128  # up to the end it always is one
+    assert may_lack_data(tile, data, tables)
 
 
 class TestDeclining:
