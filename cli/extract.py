@@ -60,14 +60,14 @@ def extract(context: click.Context, /, slides: str | None, out: Path | None, dem
         return 2
     if not values["encoder"]:
         raise click.UsageError("which encoder? Give --encoder NAME; 'wsi encoders' lists them")
+    # Before torch is loaded: its threads spin while they wait, on the cores that the reading threads need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     found = discover(slides, table=values["table"], pattern=values["pattern"], out=out)
     return _dry_run(found, out, values) if values["dry_run"] else _extract(found, out, values, PatientConsole())
 
 
 def main() -> None:
     """Entry point of ``wsi-extract``."""
-    # Before torch is loaded: its threads spin while they wait, on the cores that the reading threads need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     run(extract, "wsi-extract")
 
 
