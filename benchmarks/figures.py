@@ -4,12 +4,18 @@ import argparse
 import json
 import os
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+# A script's own folder comes first on the path, and here mil.py would hide the package of that name.
+_HERE = str(Path(__file__).resolve().parent)
+if sys.path and sys.path[0] == _HERE:
+    sys.path.append(sys.path.pop(0))
 
 
 @dataclass(frozen=True)

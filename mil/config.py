@@ -38,8 +38,8 @@ class TrainConfig:
             weights allow, and which is worth more than stopping early where patients are few.
         epochs, warmup_epochs: length of the cosine schedule and of the linear rise before it.
         patience: epochs without a better validation loss before a model stops.
-        lr, weight_decay: of AdamW, which decays weights by their product at each step; biases and norms are not decayed. The
-            defaults are for attention pooling; transformers want an lr of 1e-4 to 2e-4.
+        lr, weight_decay: of AdamW, which decays weights by their product at each step; biases and norms are not decayed.
+            None takes the model's own ``learning_rate``: 1e-3 for attention pooling, 2e-4 for transformers.
         batch_size, accumulate: bags a forward pass, and passes a step.
         max_tiles: of larger bags, so many tiles are drawn anew each time (training only).
         tile_dropout: share of a bag's tiles left out each time.
@@ -65,7 +65,7 @@ class TrainConfig:
     epochs: int = 15
     warmup_epochs: int = 1
     patience: int = 8
-    lr: float = 1e-3
+    lr: float | None = None
     weight_decay: float = 3.0
     batch_size: int = 16
     accumulate: int = 1
@@ -101,6 +101,8 @@ class TrainConfig:
             ("average", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
+            if name == "lr" and value is None:
+                continue
             if not isinstance(value, int | float) or not low <= value < high or (name == "lr" and value == 0):
                 raise UsageError(f"{name} is a number from {low} to below {high:g}, not {value!r}")
         if self.inner > 1 and self.members > self.inner:

@@ -136,7 +136,8 @@ def train_member(
     moving average of the weights, which is what is judged and kept.
     """
     device, objective = member.device, member.objective
-    optimizer = torch.optim.AdamW(_parameter_groups(member, config.weight_decay), lr=config.lr)
+    lr = member.model.learning_rate if config.lr is None else config.lr
+    optimizer = torch.optim.AdamW(_parameter_groups(member, config.weight_decay), lr=lr)
     passes = math.ceil(len(fit) / config.batch_size)
     steps = math.ceil(passes / config.accumulate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -151,7 +152,7 @@ def train_member(
         for i, (batch, y, event) in enumerate(_batches(examples, fit, config, rng)):
             batch, y, event = batch.to(device), y.to(device), event.to(device)  # noqa: PLW2901 - the same, elsewhere
             scaled = member.scaling(batch)
-            dropped = Batch(F.dropout(scaled.features, config.feature_dropout), scaled.mask, scaled.xy)
+            dropped = _dropped(scaled, config.feature_dropout)
             with autocast:
                 output = member.model(dropped)
                 loss = objective(output.logits, y, event)
@@ -160,7 +161,7 @@ def train_member(
                     loss = member.model.bag_weight * loss + auxiliary
             if not torch.isfinite(loss):
                 raise UsageError(
-                    f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({config.lr:g})"
+                    f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({lr:g})"
                 )
             in_step = min(config.accumulate, passes - i // config.accumulate * config.accumulate)
             scaler.scale(loss / in_step).backward()  # type: ignore[no-untyped-call]
@@ -253,6 +254,11 @@ def _drawn(bag: Bag, config: TrainConfig, rng: np.random.Generator) -> Bag:
         return bag
     index = torch.from_numpy(keep)
     return Bag(bag.features[index], None if bag.xy is None else bag.xy[index], bag.key)
+
+
+def _dropped(batch: Batch, share: float) -> Batch:
+    """A batch with a share of its values set to 0, their mean, and the others made larger to make up for them."""
+    return Batch(F.dropout(batch.features, share), batch.mask, batch.xy) if share else batch
 
 
 @torch.no_grad()

@@ -63,12 +63,14 @@ class MILModel(nn.Module, ABC):
         order_matters: whether the order of the tiles is information: it is made into a grid, or drawn lots by.
         attention_per_class: whether attention has one row a class, or one row in all.
         quadratic: whether time (never memory at inference) grows with the square of the number of tiles.
+        learning_rate: of AdamW, where ``TrainConfig`` names none; found with its other defaults.
         bag_weight: weight of the loss on ``logits`` beside ``auxiliary_loss``, which has its own weight in it.
     """
 
     order_matters: ClassVar[bool] = False
     attention_per_class: ClassVar[bool] = False
     quadratic: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 1e-3
     bag_weight: float = 1.0
 
     def __init__(self, dim: int, n_classes: int) -> None:
@@ -194,7 +196,8 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def pool(attention: Tensor, x: Tensor) -> Tensor:
     """Attention-weighted sums of the tiles: (B, K, N), (B, N, D) → (B, K, D); x may be half precision."""
     if x.dtype == torch.float32:
-        return attention @ x
+        with torch.autocast(x.device.type, enabled=False):  # its copy in half precision would cost more than it saves
+            return attention.float() @ x
     pooled = attention.new_zeros((*attention.shape[:2], x.shape[2]))
     for start in range(0, x.shape[1], _CHUNK_TILES):
         part = slice(start, start + _CHUNK_TILES)

@@ -82,6 +82,8 @@ class ILRAMIL(MILModel):
         norm: LayerNorm in the blocks.
     """
 
+    learning_rate = 2e-4
+
     def __init__(
         self,
         dim: int,

@@ -7,6 +7,7 @@ products are bracketed so that the narrow ones come first, A₁ (A₂⁺ (A₃ V
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mil.models.attention import merge_heads, split_heads
 from wsi.errors import UsageError
 
-__all__ = ["NystromAttention", "apply_pseudo_inverse"]
+__all__ = ["NystromAttention", "apply_pseudo_inverse", "depthwise"]
 
 
 def apply_pseudo_inverse(a: Tensor, x: Tensor, *, iterations: int = 6, unformed: int = 1) -> Tensor:
@@ -56,6 +57,12 @@ def apply_pseudo_inverse(a: Tensor, x: Tensor, *, iterations: int = 6, unformed:
         return apply(x.float().flatten(0, 1), unformed).view_as(x)
 
 
+def depthwise(convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A depth-wise convolution of x; in float32 on a CPU, where autocast would make its gradient several times slower."""
+    with torch.autocast("cpu", enabled=False):
+        return convolution(x.float() if x.device.type == "cpu" else x)
+
+
 class NystromAttention(nn.Module):
     """Nyström attention of several heads.
 
@@ -87,7 +94,9 @@ class NystromAttention(nn.Module):
         a3_v = F.scaled_dot_product_attention(q_marks, k, v)  # (B, heads, m, ·)
         q, v = q[..., -x.shape[1] :, :], v[..., -x.shape[1] :, :]  # (B, heads, N, ·)
         inverse_a3_v = apply_pseudo_inverse(_weights(q_marks, k_marks), a3_v).to(v.dtype)
-        mixed = F.scaled_dot_product_attention(q, k_marks, inverse_a3_v) + self.residual(v)  # (B, heads, N, ·)
+        mixed = F.scaled_dot_product_attention(q, k_marks, inverse_a3_v) + depthwise(
+            self.residual, v
+        )  # (B, heads, N, ·)
         result: Tensor = self.out(merge_heads(mixed))
         return result
 
@@ -108,7 +117,9 @@ class NystromAttention(nn.Module):
         a1_inverse = apply_pseudo_inverse(a2.mT, a1.mT, unformed=2).mT.to(v.dtype)  # (B, heads, 1, m)
         a3_v = F.scaled_dot_product_attention(q_marks, k, v)  # (B, heads, m, ·)
         k, v = k[..., -x.shape[1] :, :], v[..., -x.shape[1] :, :]  # (B, heads, N, ·)
-        mixed = a1_inverse @ a3_v + self.residual(v[..., : 1 + self.reach, :])[..., :1, :]  # (B, heads, 1, ·)
+        mixed = (
+            a1_inverse @ a3_v + depthwise(self.residual, v[..., : 1 + self.reach, :])[..., :1, :]
+        )  # (B, heads, 1, ·)
         return self.out(merge_heads(mixed)), q, k
 
     def _padded(self, x: Tensor) -> Tensor:

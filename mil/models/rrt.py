@@ -128,6 +128,7 @@ class RRTMIL(MILModel):
     """
 
     order_matters = True
+    learning_rate = 2e-4
 
     def __init__(
         self,

@@ -109,6 +109,7 @@ class STAMPViT(MILModel):
     """
 
     quadratic = True
+    learning_rate = 2e-4
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ class TransformerMIL(MILModel):
     """
 
     quadratic = True
+    learning_rate = 2e-4
 
     def __init__(
         self,

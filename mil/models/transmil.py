@@ -26,7 +26,7 @@ from mil.models.base import (
     load_published,
     no_parts,
 )
-from mil.models.nystrom import NystromAttention
+from mil.models.nystrom import NystromAttention, depthwise
 
 __all__ = ["PPEG", "TransMIL"]
 
@@ -46,7 +46,7 @@ class PPEG(nn.Module):
         kernel = self.seven.weight + F.pad(self.five.weight, [1] * 4) + F.pad(self.three.weight, [2] * 4) + identity
         bias = torch.stack([c.bias for c in (self.seven, self.five, self.three) if c.bias is not None]).sum(0)
         grid = torch.unflatten(tokens, 1, (side, side)).permute(0, 3, 1, 2)  # (B, width, side, side)
-        return F.conv2d(grid, kernel, bias, padding=3, groups=len(kernel)).flatten(2).mT
+        return depthwise(lambda x: F.conv2d(x, kernel, bias, padding=3, groups=len(kernel)), grid).flatten(2).mT
 
 
 class TransMIL(MILModel):
@@ -62,6 +62,7 @@ class TransMIL(MILModel):
     """
 
     order_matters = True
+    learning_rate = 2e-4
 
     def __init__(self, dim: int, n_classes: int, *, width: int = 512, heads: int = 8, dropout: float = 0.1) -> None:
         super().__init__(dim, n_classes)

@@ -47,6 +47,7 @@ class WiKG(MILModel):
     """
 
     quadratic = True
+    learning_rate = 2e-4
 
     def __init__(
         self,
