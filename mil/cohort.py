@@ -27,7 +27,7 @@ from mil.sources import (
     has_features,
     pool_bags,
 )
-from mil.target import Labels, Target, infer_target, is_missing, parse_event, parse_value
+from mil.target import Labels, Target, infer_target, is_missing, parse_event, parse_value, with_horizons
 from wsi.discover import SLIDE_SUFFIXES
 from wsi.errors import CohortError, NotExtractedError, SlideNotFoundError, UsageError
 
@@ -117,6 +117,7 @@ class Cohort:
             raise ValueError(f"{n} slides need as many patients, labels and events, got {sorted(lengths)}")
         if not n:
             raise CohortError(f"{self.name}: no slide has both features and a label{_reasons(self.left_out)}")
+        object.__setattr__(self, "target", with_horizons(self.target, self.y, self.event, self.patients))
 
     @classmethod
     def from_store(

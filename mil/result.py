@@ -84,6 +84,9 @@ class Result:
             values = values[~np.isnan(values)]
             spread = f"{values.mean():.3f} ± {values.std():.3f}" if len(values) else "not defined"
             lines.append(f"{name:18}{spread:>20}   {pooled[name]}")
+        if self.target.horizons:
+            times = ", ".join(f"{time:.4g}" for time in self.target.quartiles)
+            lines.append(f"auc_q1 to auc_q3 are at {self.target.name} {times}, the quartiles of the event times")
         return "\n".join(lines)
 
     def fold_of(self, case: str) -> TrainedFold:

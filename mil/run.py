@@ -107,7 +107,7 @@ class RunFolder:
             raise StoreFormatError(f"{root}: a {kind} of version {format_version}; this release reads {FORMAT_VERSION}")
         self.about: dict[str, Any] = about
         self.config = TrainConfig.from_json(json.dumps(about["config"]), where=f"{root / 'run.json'}")
-        self.target = Target(about["target"]["name"], about["target"]["kind"], tuple(about["target"]["classes"]))
+        self.target = Target(**about["target"])
 
     @classmethod
     def create(

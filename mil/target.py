@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from wsi.errors import CohortError
 
-__all__ = ["MISSING", "Kind", "Labels", "Target", "infer_target", "is_missing", "parse_event", "parse_value"]
+__all__ = [
+    "MISSING",
+    "Kind",
+    "Labels",
+    "Target",
+    "infer_target",
+    "is_missing",
+    "parse_event",
+    "parse_value",
+    "with_horizons",
+]
 
 Kind = Literal["binary", "multiclass", "ordinal", "regression", "survival"]
 MISSING = frozenset(("", "na", "n/a", "nan", "none", "null", "?"))
@@ -69,14 +79,20 @@ class Target:
         name: the column it came from.
         kind: binary, multiclass, ordinal, regression or survival.
         classes: for the first three, in order; a label is an index into it.
+        horizons: for survival, the octiles of the cohort's event times, at which answers are judged; the same for every
+            fold, whatever its cases.
     """
 
     name: str
     kind: Kind
     classes: tuple[str, ...] = ()
+    horizons: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "horizons", tuple(self.horizons))
+        if len(self.horizons) not in (0, 7) or list(self.horizons) != sorted(self.horizons):
+            raise CohortError(f"{self.name}: seven octiles, rising, are needed, not {self.horizons}")
         if self.is_classes and len(set(self.classes)) != len(self.classes):
             raise CohortError(f"{self.name}: a class is named twice in {', '.join(self.classes)}")
         if self.is_classes and len(self.classes) < 2:
@@ -88,6 +104,11 @@ class Target:
     @property
     def is_classes(self) -> bool:
         return self.kind in ("binary", "multiclass", "ordinal")
+
+    @property
+    def quartiles(self) -> tuple[float, ...]:
+        """For survival, the quartiles of the cohort's event times."""
+        return self.horizons[1::2]
 
     def strata(self, y: NDArray[np.float64], event: NDArray[np.bool_]) -> NDArray[np.int64]:
         """(n,) groups to be spread evenly over folds: classes; quarters of the values; quarters of the times by event."""
@@ -131,6 +152,15 @@ def infer_target(labels: Labels, values: Sequence[str], *, where: str) -> Target
         return Target(labels.target, kind, labels.classes or tuple(distinct))
     except CohortError as error:
         raise CohortError(f"{where}: {error}") from None
+
+
+def with_horizons(target: Target, y: NDArray[np.float64], event: NDArray[np.bool_], patients: Sequence[str]) -> Target:
+    """The target with ``horizons``, where it is survival, has none, and there are events; a patient counts once."""
+    once = np.unique(np.asarray(patients), return_index=True)[1]
+    times = y[once][event[once]]
+    if target.kind != "survival" or target.horizons or not len(times):
+        return target
+    return replace(target, horizons=tuple(np.quantile(times, np.arange(1, 8) / 8).tolist()))
 
 
 def parse_value(target: Target, word: str, *, where: str) -> float:
