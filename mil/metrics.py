@@ -79,7 +79,7 @@ def measure(predictions: Predictions) -> dict[str, float]:
     pearson. Survival: c_index; auc_q1, auc_q2 and auc_q3 (``time_dependent_auc`` at the quartiles of the cohort's event
     times) and auc_mean (over their octiles), where the target has ``horizons``.
     """
-    known = predictions.take(np.flatnonzero(~np.isnan(predictions.y)))
+    known = predictions.known
     return {name: float(function(known)) if len(known) else math.nan for name, function in _of_kind(known).items()}
 
 
@@ -90,6 +90,7 @@ def intervals(
 
     Draws in which a metric is not defined do not count for it.
     """
+    predictions = predictions.known
     drawn: dict[str, list[float]] = {}
     with _unchecked():
         for rows in _patient_draws(predictions, draws, seed):
@@ -116,6 +117,7 @@ def compare(
     at = {name: i for i, name in enumerate(second.names)}
     if set(at) != set(first.names) or first.target != second.target:
         raise UsageError("two runs are compared on the same cases and target; these differ")
+    first = first.known
     second = second.take([at[name] for name in first.names])
     metric = metric or PRIMARY[first.target.kind]
     if metric not in (there := measure(first)):
