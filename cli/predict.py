@@ -23,37 +23,43 @@ __all__ = ["predict"]
 def predict(run: Path, store: Path, out: Path, table: Path | None, kind: str, device: str) -> int:
     """Apply the models of RUN to the slides in OUT.
 
-    Writes predictions.csv, and for each slide a heatmap as GeoJSON for QuPath and as a picture. Slides that RUN was
-    trained on are answered only by the models that never saw them.
+    Writes predictions.csv (one for each of several targets), and for each slide a heatmap as GeoJSON for QuPath and as a
+    picture. Slides that RUN was trained on are answered only by the models that never saw them.
 
     \b
     wsi predict runs/subtype OUT --out predictions/
     """
     console = PatientConsole()
     with console.status("loading …"):  # torch alone takes seconds
+        from features.keys import safe_name
         from features.store import FeatureStore
         from mil.predict import Predictor, overview_of, read_patients
+        from mil.predictions import file_name
 
         predictor = Predictor.load(run, device=device)
     opened = FeatureStore(store)
     patients = None if table is None else read_patients(table, opened)
-    answers = predictor.predict(store, patients=patients)
-    answers.write(out / "predictions.csv")
-    for i, name in enumerate(answers.predictions.names):
-        numbers = ", ".join(
-            f"{column} {value:.3f}"
-            for column, value in zip(answers.predictions.columns, answers.predictions.answers[i], strict=True)
-        )
-        console.print(f"{name}: {answers.answer(i)} ({numbers})", markup=False, highlight=False, soft_wrap=True)
+    several = len(predictor.tasks) > 1
+    for task, speaker in predictor.tasks.items():
+        answers = speaker.predict(store, patients=patients)
+        rows = answers.predictions
+        answers.write(out / file_name(rows.target, len(predictor.tasks)))
+        for i, name in enumerate(rows.names):
+            numbers = ", ".join(
+                f"{column} {value:.3f}" for column, value in zip(rows.columns, rows.answers[i], strict=True)
+            )
+            words = f"{name}: {f'{task} ' if several else ''}{answers.answer(i)} ({numbers})"
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
+        if kind != "none":
+            source = speaker.source(opened)
+            gone = {left.slide for left in answers.left_out}
+            keys = [key for key in opened.keys if key not in gone]
+            folder = out / "heatmaps" / (safe_name(task) if several else "")
+            for key in track(keys, "heatmaps", console=console, transient=True, disable=not console.is_terminal):
+                heat = speaker.heatmap(source, key, kind=kind)
+                heat.save(folder / f"{key}.geojson")
+                heat.save(folder / f"{key}.png", view=overview_of(opened.slide(key)))
     for left in answers.left_out:
         console.print(f"{left.slide}: left out, {left.reason}", markup=False, highlight=False, soft_wrap=True)
-    if kind != "none":
-        source = predictor.source(opened)
-        gone = {left.slide for left in answers.left_out}
-        keys = [key for key in opened.keys if key not in gone]
-        for key in track(keys, "heatmaps", console=console, transient=True, disable=not console.is_terminal):
-            heat = predictor.heatmap(source, key, kind=kind)
-            heat.save(out / "heatmaps" / f"{key}.geojson")
-            heat.save(out / "heatmaps" / f"{key}.png", view=overview_of(opened.slide(key)))
     console.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
     return 0

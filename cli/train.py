@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cli.console import PatientConsole
 
 if TYPE_CHECKING:
+    from mil import Labels
     from mil.config import TrainConfig  # would load torch for every --help
     from mil.splits import Fold
     from mil.train import Epoch
@@ -24,11 +25,20 @@ _KINDS = ("auto", "binary", "multiclass", "ordinal", "regression", "survival")
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--labels", "table", required=True, type=click.Path(path_type=Path), help="CSV with a row a slide.")
-@click.option("--target", required=True, help="Column to predict; for survival the one of times.")
+@click.option(
+    "--target", "targets", multiple=True, required=True,
+    help="Column to predict; for survival the one of times. Given again, one model learns several.",
+)  # fmt: skip
 @click.option("--out", "run", required=True, type=click.Path(path_type=Path), help="Folder of the run; is made.")
 @click.option("--encoder", multiple=True, help="Whose features; given twice, they are put side by side.")
-@click.option("--kind", type=click.Choice(_KINDS), default="auto", show_default=True, help="What the target is.")
-@click.option("--classes", help="Classes in order, with commas; the last of two is the positive one.")
+@click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(_KINDS),
+    help="What the target is; of several, one each.  [default: auto]",
+)  # fmt: skip
+@click.option(
+    "--classes", multiple=True,
+    help="Classes in order, with commas; the last of two is the positive one. Of several targets, one each, or ''.",
+)  # fmt: skip
 @click.option("--event-column", "event", help="Survival: column that is 1 where the event was seen.")
 @click.option("--censored-column", "censored", help="Survival: column that is 1 where it was not.")
 @click.option("--slide-column", "slide", help="Column of slides.  [default: slide, slide_id, filename or file]")
@@ -66,22 +76,48 @@ def train(store: Path, table: Path, run: Path, encoder: tuple[str, ...], **value
     \b
     wsi train OUT --encoder uni2-h --labels cohort.csv --target subtype --out runs/subtype
     wsi train OUT --labels cohort.csv --target months --event-column died --out runs/survival
+    wsi train OUT --labels cohort.csv --target subtype --target grade --out runs/both
     """
     console = PatientConsole()
     with console.status("loading …"):  # torch alone takes seconds
-        from mil import Cohort, Labels, cross_validate
+        from mil import Cohort, cross_validate
 
-        columns = ("target", "kind", "event", "censored", "slide", "patient", "site", "split")
-        classes = tuple(name.strip() for name in values["classes"].split(",")) if values["classes"] else ()
-        labels = Labels(**{name: values[name] for name in columns}, classes=classes)
         config = _config(values)
-        cohort = Cohort.from_store(store, table, labels, encoder=encoder or None)
+        cohort = Cohort.from_store(store, table, _labels(values), encoder=encoder or None)
     _say(console, cohort.describe())
-    with _Progress(console, config) as progress:
+    with _Progress(console, config, shown=max(2, len(cohort.tasks))) as progress:
         result = cross_validate(cohort, config, out=run, observer=progress)
     _say(console, result.summary())
-    _say(console, f"results: {run}  (metrics.json, predictions.csv; wsi predict {run} {store} applies it)")
+    answers = "predictions.csv" if len(cohort.tasks) == 1 else "a predictions-….csv for each target"
+    _say(console, f"results: {run}  (metrics.json, {answers}; wsi predict {run} {store} applies it)")
     return 0
+
+
+def _labels(values: dict[str, Any]) -> "list[Labels]":
+    """What the flags say of each target; the columns of slides, patients, sites and folds are common to all."""
+    from mil import Labels
+
+    targets = values["targets"]
+    for flag in ("kinds", "classes"):
+        if values[flag] and len(values[flag]) != len(targets):
+            word = flag.replace("kinds", "kind")
+            raise click.UsageError(
+                f"--{word} is given {len(values[flag])} times for {len(targets)} targets; give one each"
+            )
+    kinds = values["kinds"] or ("auto",) * len(targets)
+    classes = [
+        tuple(name.strip() for name in words.split(",") if words) for words in values["classes"] or ("",) * len(targets)
+    ]
+    common = {name: values[name] for name in ("slide", "patient", "site", "split")}
+    timed = {name: values[name] for name in ("event", "censored")}
+    if len(targets) > 1 and any(timed.values()) and kinds.count("survival") != 1:
+        raise click.UsageError(
+            "say which of the targets the events are of: --kind once for each, survival for that one"
+        )
+    return [
+        Labels(target, kind=kind, classes=named, **common, **(timed if kind == "survival" or len(targets) == 1 else {}))
+        for target, kind, named in zip(targets, kinds, classes, strict=True)
+    ]
 
 
 def _config(values: dict[str, Any]) -> "TrainConfig":
@@ -108,10 +144,11 @@ def _config(values: dict[str, Any]) -> "TrainConfig":
 
 
 class _Progress:
-    """A line a fold, and on a terminal a bar of the epochs; an ``Observer`` of ``mil.train``."""
+    """A line a fold with its first metrics, and on a terminal a bar of the epochs; an ``Observer`` of ``mil.train``."""
 
-    def __init__(self, console: PatientConsole, config: "TrainConfig") -> None:
+    def __init__(self, console: PatientConsole, config: "TrainConfig", *, shown: int) -> None:
         self._console = console
+        self._shown = shown
         self._epochs = config.epochs
         self._members = config.members
         self._prefix = ""
@@ -149,7 +186,7 @@ class _Progress:
             self._bar.update(self._bar.task_ids[-1], completed=done, loss=loss)
 
     def fold_finished(self, fold: "Fold", metrics: dict[str, float], *, resumed: bool) -> None:
-        words = ", ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[:2])
+        words = ", ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[: self._shown])
         when = "there already" if resumed else f"{time.monotonic() - self._began:.0f} s"
         _say(self._console, f"{self._prefix}: {words} ({len(fold.train)} trained on, {len(fold.test)} tested, {when})")
 

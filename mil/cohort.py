@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.interop import feature_files, read_facts
-from features.keys import readable_part, slide_key
+from features.keys import readable_part, safe_name, slide_key
 from features.store import FeatureStore
 from mil.bag import Bag
 from mil.sources import (
@@ -27,13 +27,14 @@ from mil.sources import (
     has_features,
     pool_bags,
 )
-from mil.target import Labels, Target, infer_target, is_missing, parse_event, parse_value
+from mil.target import Labels, Target, Task, infer_target, is_missing, parse_event, parse_value, with_horizons
 from wsi.discover import SLIDE_SUFFIXES
 from wsi.errors import CohortError, NotExtractedError, SlideNotFoundError, UsageError
 
-__all__ = ["CACHE_BYTES", "Cases", "Cohort", "Fusion", "LeftOut", "SlideNames"]
+__all__ = ["CACHE_BYTES", "Cases", "Cohort", "Fusion", "LeftOut", "SlideNames", "Targets"]
 
 Fusion = Literal["late", "early", "none"]
+Targets = str | Labels | Sequence[str | Labels]
 CACHE_BYTES = 4 << 30
 
 _SLIDE_COLUMNS = ("slide", "slide_id", "filename", "file")
@@ -54,8 +55,7 @@ class Cases:
     Attributes:
         names: (n,) the patient, or the slide where each slide answers for itself.
         patients: (n,) whose it is; all cases of a patient stay in one fold.
-        y: (n,) class index, value or time.
-        event: (n,) whether the event was seen; True for all but survival.
+        tasks: what is known of each for each target, the first target first.
         sites, splits: (n,) the patient's centre and own fold, where the table has them.
         bags: the slides of each bag; more than one where a patient's slides are pooled.
         owner: for each bag, the case it belongs to.
@@ -63,8 +63,7 @@ class Cases:
 
     names: tuple[str, ...]
     patients: tuple[str, ...]
-    y: NDArray[np.float64]
-    event: NDArray[np.bool_]
+    tasks: tuple[Task, ...]
     sites: tuple[str, ...] | None
     splits: tuple[str, ...] | None
     bags: tuple[tuple[str, ...], ...]
@@ -72,6 +71,16 @@ class Cases:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def y(self) -> NDArray[np.float64]:
+        """(n,) class index, value or time of the first target; NaN where only another is known."""
+        return self.tasks[0].y
+
+    @property
+    def event(self) -> NDArray[np.bool_]:
+        """(n,) whether the event was seen; True for all but survival."""
+        return self.tasks[0].event
 
     def bags_of(self, cases: Iterable[int]) -> NDArray[np.int64]:
         """Indices of the bags of these cases, in order."""
@@ -84,12 +93,11 @@ class Cohort:
 
     Attributes:
         name: where the labels came from, for messages.
-        target: what is to be predicted.
+        tasks: what is to be predicted, and what is known of it of each slide; usually one. Several are learned by one
+            model; folds are stratified by the first.
         source: reads bags.
         slides: (S,) names of slides, as the source knows them; sorted.
         patients: (S,) whose each slide is.
-        y: (S,) class index, value or time.
-        event: (S,) whether the event was seen; True for all but survival.
         sites, splits: (S,) the table's columns of centres and own folds, if it has them.
         left_out: slides that have features but no label, or a label but no features.
 
@@ -98,32 +106,49 @@ class Cohort:
     """
 
     name: str
-    target: Target
+    tasks: tuple[Task, ...]
     source: BagSource
     slides: tuple[str, ...]
     patients: tuple[str, ...]
-    y: NDArray[np.float64]
-    event: NDArray[np.bool_]
     sites: tuple[str, ...] | None = None
     splits: tuple[str, ...] | None = None
     left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.slides)
-        lengths = {
-            len(column) for column in (self.patients, self.y, self.event, self.sites, self.splits) if column is not None
-        }
+        columns = [self.patients, self.sites, self.splits, *(task.y for task in self.tasks)]
+        lengths = {len(column) for column in columns if column is not None}
         if lengths != {n}:
             raise ValueError(f"{n} slides need as many patients, labels and events, got {sorted(lengths)}")
         if not n:
             raise CohortError(f"{self.name}: no slide has both features and a label{_reasons(self.left_out)}")
+        files = [safe_name(task.target.name).casefold() for task in self.tasks]
+        if len(set(files)) != len(files):
+            names = ", ".join(task.target.name for task in self.tasks)
+            raise CohortError(f"{self.name}: targets need names that differ, in letters a file may have, not {names}")
+        object.__setattr__(self, "tasks", tuple(with_horizons(task, self.patients) for task in self.tasks))
+
+    @property
+    def target(self) -> Target:
+        """What is to be predicted; of several, the first."""
+        return self.tasks[0].target
+
+    @property
+    def y(self) -> NDArray[np.float64]:
+        """(S,) class index, value or time of the first target; NaN where only another is known."""
+        return self.tasks[0].y
+
+    @property
+    def event(self) -> NDArray[np.bool_]:
+        """(S,) whether the event was seen; True for all but survival."""
+        return self.tasks[0].event
 
     @classmethod
     def from_store(
         cls,
         root: str | Path,
         table: str | Path,
-        target: str | Labels,
+        target: Targets,
         *,
         encoder: str | Sequence[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -133,7 +158,8 @@ class Cohort:
         Args:
             root: the store, as ``wsi extract`` writes it.
             table: CSV with a row a slide. Slides are named by store key, relative path, file name or stem.
-            target: the column to predict, or ``Labels`` that say more.
+            target: the column to predict, or ``Labels`` that say more; several of them for one model of several targets. A
+                slide that lacks some of the labels counts for the others.
             encoder: whose features; several are put side by side. May be left out where the store has one.
             cache_bytes: how many bytes of bags are kept in memory.
 
@@ -158,7 +184,7 @@ class Cohort:
         cls,
         folder: str | Path | Sequence[str | Path],
         table: str | Path,
-        target: str | Labels,
+        target: Targets,
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> "Cohort":
@@ -187,22 +213,29 @@ class Cohort:
     def from_arrays(
         cls,
         bags: Sequence[Bag | NDArray[Any]],
-        targets: Sequence[Any] | NDArray[Any],
+        targets: Sequence[Any] | NDArray[Any] | Mapping[str, Sequence[Any] | NDArray[Any]],
         groups: Sequence[Any] | NDArray[Any] | None = None,
         *,
-        labels: Labels | None = None,
+        labels: Labels | Sequence[Labels] | None = None,
     ) -> "Cohort":
         """A cohort of arrays in memory.
 
         Args:
             bags: (N, D) arrays, or Bags; a Bag without a key is called by its number.
-            targets: (n,) labels; (n, 2) times and events for survival.
+            targets: (n,) labels; (n, 2) times and events for survival; or such by the name of each of several targets, where
+                None or NaN says that a label is not known.
             groups: (n,) whose each bag is; each its own by default.
-            labels: kind and classes, where they should not be guessed.
+            labels: kind and classes, where they should not be guessed; for several targets those of any of them.
         """
         n = len(bags)
-        if len(targets) != n or (groups is not None and len(groups) != n):
-            raise UsageError(f"{n} bags need as many targets and groups, got {len(targets)}")
+        said = {each.target: each for each in ([labels] if isinstance(labels, Labels) else labels or ())}
+        if not isinstance(targets, Mapping):
+            targets = {next(iter(said), "target"): targets}
+        if unknown := said.keys() - targets.keys():
+            raise UsageError(f"labels of {min(unknown)!r}, but the targets are {', '.join(targets)}")
+        for column in (*targets.values(), *(() if groups is None else (groups,))):
+            if len(column) != n:
+                raise UsageError(f"{n} bags need as many targets and groups, got {len(column)}")
         made: dict[str, Bag] = {}
         for i, bag in enumerate(bags):
             key = bag.key if isinstance(bag, Bag) and bag.key else f"bag-{i:05d}"
@@ -213,22 +246,15 @@ class Cohort:
             else:
                 made[key] = checked_bag(np.asarray(bag), None, key, where=key)
         keys = list(made)
-        values = np.asarray(targets)
-        survival = values.ndim == 2
-        labels = labels or Labels(
-            "target", kind="survival" if survival else "auto", event="event" if survival else None
-        )
-        first = values[:, 0] if survival else values
-        words = [str(value) for value in first.tolist()]
-        target = infer_target(labels, words, where="the arrays")
+        tasks = tuple(_array_task(name, values, said.get(name)) for name, values in targets.items())
+        if not np.any([task.known for task in tasks], axis=0).all():
+            raise CohortError("the arrays: a bag has no label at all; leave it out")
         return cls(
             name="the arrays",
-            target=target,
+            tasks=tasks,
             source=ArraySource(made),
             slides=tuple(keys),
             patients=tuple(str(g) for g in (keys if groups is None else groups)),
-            y=np.array([parse_value(target, word, where="the arrays") for word in words]),
-            event=values[:, 1].astype(bool) if survival else np.ones(n, bool),
         )
 
     def __len__(self) -> int:
@@ -255,6 +281,9 @@ class Cohort:
             self._check_patient(patient, slides, labels=fusion != "none")
         members = [[i] for i in range(len(self))] if fusion == "none" else list(slides_of.values())
         firsts = [slides[0] for slides in members]
+        labelled = [
+            [next((i for i in slides if task.known[i]), slides[0]) for slides in members] for task in self.tasks
+        ]
         bags = (
             [tuple(slides) for slides in members] if fusion == "early" else [(i,) for slides in members for i in slides]
         )
@@ -262,8 +291,7 @@ class Cohort:
         return Cases(
             names=tuple((self.slides if fusion == "none" else self.patients)[i] for i in firsts),
             patients=tuple(self.patients[i] for i in firsts),
-            y=self.y[firsts],
-            event=self.event[firsts],
+            tasks=tuple(task.take(rows) for task, rows in zip(self.tasks, labelled, strict=True)),
             sites=None if self.sites is None else tuple(self.sites[i] for i in firsts),
             splits=None if self.splits is None else tuple(self.splits[i] for i in firsts),
             bags=tuple(tuple(self.slides[i] for i in bag) for bag in bags),
@@ -271,44 +299,50 @@ class Cohort:
         )
 
     def _check_patient(self, patient: str, slides: list[int], *, labels: bool) -> None:
-        columns: list[tuple[str, Sequence[Any] | None, str]] = [
-            (
-                self.target.name,
-                self.y.tolist() if labels else None,
-                "correct them, or let each slide answer with fusion none",
-            ),
-            ("event", self.event.tolist() if labels else None, "correct them"),
+        columns: list[tuple[str, dict[int, str], str]] = []
+        if labels:
+            for task in self.tasks:
+                words = {i: task.word(i) for i in slides if task.known[i]}
+                columns.append((task.target.name, words, "correct them, or let each slide answer with fusion none"))
+                columns.append(("event", {i: str(task.event[i]) for i in words}, "correct them"))
+        for what, column, remedy in (
             ("site", self.sites, "a patient in two sites cannot be held out with one; correct the column"),
             ("split", self.splits, "a patient in two folds would leak; correct the column"),
-        ]
-        for what, column, remedy in columns:
-            if column is not None and len({column[i] for i in slides}) > 1:
-                shown = ", ".join(f"{self.slides[i]}: {self._word(what, column[i])}" for i in slides[:3])
+        ):
+            columns.append((what, {i: column[i] for i in slides} if column is not None else {}, remedy))
+        for what, said, remedy in columns:
+            if len(set(said.values())) > 1:
+                shown = ", ".join(f"{self.slides[i]}: {word}" for i, word in list(said.items())[:3])
                 raise CohortError(f"{self.name}: slides of patient {patient} differ in {what} ({shown}); {remedy}")
-
-    def _word(self, what: str, value: Any) -> str:
-        return self.target.classes[int(value)] if what == self.target.name and self.target.is_classes else str(value)
 
     @property
     def fingerprint(self) -> str:
         """32 hex digits that change with any slide, label, patient, centre, own fold, or with what the features are."""
-        facts = [self.target.name, self.target.kind, self.target.classes, self.slides, self.patients, self.y.tolist()]
-        facts += [self.event.tolist(), self.sites, self.splits, dict(self.source.facts), self.source.dim]
+        facts: list[Any] = [
+            self.slides,
+            self.patients,
+            self.sites,
+            self.splits,
+            dict(self.source.facts),
+            self.source.dim,
+        ]
+        for task in self.tasks:
+            target = task.target
+            facts.append([target.name, target.kind, target.classes, task.y.tolist(), task.event.tolist()])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def describe(self) -> str:
         """One line for people: how many of what, and what was left out."""
         patients = len(set(self.patients))
         words = f"{len(self)} slides of {patients} patients" if patients != len(self) else f"{len(self)} slides"
-        if self.target.is_classes:
-            counts = Counter(self.y.astype(int).tolist())
-            words += ": " + ", ".join(f"{counts[i]} {name}" for i, name in enumerate(self.target.classes))
-        elif self.target.kind == "survival":
-            words += f": {int(self.event.sum())} events"
+        several = len(self.tasks) > 1
+        of_tasks = [f"{task.target.name} {_counts(task)}" if several else _counts(task) for task in self.tasks]
+        if any(of_tasks):
+            words += ": " + "; ".join(of_tasks)
         return words + _reasons(self.left_out)
 
     def __repr__(self) -> str:
-        return f"<Cohort {self.target.name} of {self.name}: {self.describe()}>"
+        return f"<Cohort {', '.join(task.target.name for task in self.tasks)} of {self.name}: {self.describe()}>"
 
 
 class SlideNames:
@@ -374,19 +408,19 @@ def read_rows(table: Path) -> list[dict[str, str]]:
 
 
 def _from_table(
-    table: Path, labels: Labels, source: BagSource, names: SlideNames, missing: Mapping[str, str]
+    table: Path, asked: tuple[Labels, ...], source: BagSource, names: SlideNames, missing: Mapping[str, str]
 ) -> Cohort:
     """Join the rows of a table with the slides that have features; ``missing`` says why some have none to use."""
     rows = read_rows(table)
     if not rows:
         raise CohortError(f"{table}: has no rows; one for each slide is needed")
     columns = list(rows[0])
-    slide_column = _column(table, columns, labels.slide, _SLIDE_COLUMNS, "slide")
-    patient_column = _column(table, columns, labels.patient, _PATIENT_COLUMNS, None)
-    for wanted in (labels.target, labels.event, labels.censored, labels.site, labels.split):
+    slide, patient, site, split = (_common(table, asked, what) for what in ("slide", "patient", "site", "split"))
+    slide_column = _column(table, columns, slide, _SLIDE_COLUMNS, "slide")
+    patient_column = _column(table, columns, patient, _PATIENT_COLUMNS, None)
+    for wanted in (*(column for labels in asked for column in labels.columns), site, split):
         if wanted is not None:
             _column(table, columns, wanted, (), wanted)
-    needed = [c for c in (labels.target, labels.event, labels.censored, labels.site, labels.split, patient_column) if c]
     left_out: list[LeftOut] = []
     kept: dict[str, dict[str, str]] = {}
     named: set[str] = set()
@@ -402,9 +436,12 @@ def _from_table(
         if key in named:
             raise CohortError(f"{table}: slide {word!r} stands in two rows; keep one")
         named.add(key)
-        empty = next((column for column in needed if is_missing(row[column])), None)
-        if empty is not None:
-            left_out.append(LeftOut(word, "no label" if empty == labels.target else f"no {empty}"))
+        empty = [next((column for column in labels.columns if is_missing(row[column])), None) for labels in asked]
+        needed = next((column for column in (site, split, patient_column) if column and is_missing(row[column])), None)
+        if None not in empty:
+            left_out.append(LeftOut(word, "no label" if empty[0] == asked[0].target else f"no {empty[0]}"))
+        elif needed is not None:
+            left_out.append(LeftOut(word, f"no {needed}"))
         elif key in missing:
             left_out.append(LeftOut(word, missing[key]))
         else:
@@ -413,23 +450,68 @@ def _from_table(
     slides = sorted(kept)
     if not slides:
         raise CohortError(f"{table}: no slide has both features and a label{_reasons(left_out)}")
-    target = infer_target(labels, [kept[key][labels.target] for key in slides], where=str(table))
 
     def column_of(column: str | None) -> tuple[str, ...] | None:
         return None if column is None else tuple(kept[key][column] for key in slides)
 
     return Cohort(
         name=str(table),
-        target=target,
+        tasks=tuple(_table_task(table, labels, slides, kept) for labels in asked),
         source=source,
         slides=tuple(slides),
         patients=column_of(patient_column) or tuple(slides),
-        y=np.array([parse_value(target, kept[k][labels.target], where=f"{table}, slide {k}") for k in slides]),
-        event=np.array([parse_event(labels, kept[k], where=f"{table}, slide {k}") for k in slides]),
-        sites=column_of(labels.site),
-        splits=column_of(labels.split),
+        sites=column_of(site),
+        splits=column_of(split),
         left_out=tuple(left_out),
     )
+
+
+def _table_task(table: Path, labels: Labels, slides: Sequence[str], rows: Mapping[str, dict[str, str]]) -> Task:
+    """What a table says of one target; a slide that lacks its label, or its event, has NaN."""
+    known = [not any(is_missing(rows[key][column]) for column in labels.columns) for key in slides]
+    words = [rows[key][labels.target] for key, there in zip(slides, known, strict=True) if there]
+    target = infer_target(labels, words, where=str(table))
+    y, event = np.full(len(slides), np.nan), np.ones(len(slides), bool)
+    for i in np.flatnonzero(known).tolist():
+        row, where = rows[slides[i]], f"{table}, slide {slides[i]}"
+        y[i], event[i] = parse_value(target, row[labels.target], where=where), parse_event(labels, row, where=where)
+    return Task(target, y, event)
+
+
+def _array_task(name: str, values: Sequence[Any] | NDArray[Any], labels: Labels | None) -> Task:
+    """What an array says of one target."""
+    table = np.asarray(values, object)
+    survival = table.ndim == 2
+    labels = labels or Labels(name, kind="survival" if survival else "auto", event="event" if survival else None)
+    words = [str(value) for value in (table[:, 0] if survival else table).tolist()]
+    known = np.array([not is_missing(word) for word in words])
+    target = infer_target(labels, [words[i] for i in np.flatnonzero(known)], where="the arrays")
+    y = [
+        parse_value(target, word, where="the arrays") if there else np.nan
+        for word, there in zip(words, known, strict=True)
+    ]
+    event = table[:, 1].astype(float) != 0 if survival else np.ones(len(words), bool)
+    return Task(target, np.array(y), np.where(known, event, True))
+
+
+def _counts(task: Task) -> str:
+    """How many of what; a value needs no count, unless some lack it."""
+    known = int(task.known.sum())
+    parts = []
+    if task.target.is_classes:
+        counts = Counter(task.y[task.known].astype(int).tolist())
+        parts = [f"{counts[i]} {name}" for i, name in enumerate(task.target.classes)]
+    elif task.target.kind == "survival":
+        parts = [f"{int(task.event[task.known].sum())} events"]
+    return ", ".join(parts + ([f"{len(task.y) - known} unknown"] if known < len(task.y) else []))
+
+
+def _common(table: Path, asked: Sequence[Labels], what: str) -> str | None:
+    """The one column that all targets share: of slides, patients, sites or own folds."""
+    said = {column for labels in asked if (column := getattr(labels, what)) is not None}
+    if len(said) > 1:
+        raise CohortError(f"{table}: all targets have one column of {what}s, not {', '.join(sorted(said))}")
+    return next(iter(said), None)
 
 
 def _column(table: Path, columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str | None) -> Any:
@@ -464,8 +546,11 @@ def _encoders(store: FeatureStore, encoder: str | Sequence[str] | None) -> tuple
     return (there[0],)
 
 
-def _labels(target: str | Labels) -> Labels:
-    return target if isinstance(target, Labels) else Labels(target)
+def _labels(target: Targets) -> tuple[Labels, ...]:
+    each = [target] if isinstance(target, str | Labels) else target
+    if not each:
+        raise UsageError("name at least one target")
+    return tuple(one if isinstance(one, Labels) else Labels(one) for one in each)
 
 
 def _stem(name: str) -> str:

@@ -26,7 +26,8 @@ class TrainConfig:
         model: a name of ``mil.models.MODELS``.
         hyper: arguments of the model beyond its width and number of outputs.
         loss: ``"auto"`` is cross-entropy for classes, ordinal for grades, squared error for values, discrete-time
-            likelihood for survival.
+            likelihood for survival. With several targets a loss that is named is taken for those it is for.
+        task_weights: with several targets, the weights of their losses by name; 1 where not named.
         class_weights: ``"balanced"`` gives each class equal weight in the loss, ``"none"`` each case.
         fusion: several slides of a patient: ``"late"`` averages predictions, ``"early"`` pools tiles, ``"none"`` lets each
             slide answer.
@@ -56,6 +57,7 @@ class TrainConfig:
     model: str = "abmil-gated"
     hyper: Mapping[str, Any] = field(default_factory=dict)
     loss: Loss = "auto"
+    task_weights: Mapping[str, float] = field(default_factory=dict)
     class_weights: Literal["none", "balanced"] = "none"
     fusion: Fusion = "late"
     split_by: SplitBy = "random"
@@ -83,6 +85,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hyper", dict(self.hyper))
+        object.__setattr__(self, "task_weights", dict(self.task_weights))
         _one_of("loss", self.loss, get_args(Loss))
         _one_of("class_weights", self.class_weights, ("none", "balanced"))
         _one_of("fusion", self.fusion, get_args(Fusion))
@@ -105,6 +108,9 @@ class TrainConfig:
                 continue
             if not isinstance(value, int | float) or not low <= value < high or (name == "lr" and value == 0):
                 raise UsageError(f"{name} is a number from {low} to below {high:g}, not {value!r}")
+        for name, weight in self.task_weights.items():
+            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise UsageError(f"the weight of a task is a number above 0, not {weight!r} for {name!r}")
         if self.inner > 1 and self.members > self.inner:
             raise UsageError(f"{self.members} members need as many parts to stop by; inner is {self.inner}")
         if self.loss == "cox" and self.batch_size < 2:

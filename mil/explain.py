@@ -123,7 +123,7 @@ def integrated_gradients(
             gradient = torch.zeros_like(features)
             for step in range(steps):
                 x = (features * ((step + 0.5) / steps)).requires_grad_()
-                logits = member.model(Batch(x, batch.mask, batch.xy)).logits[0]  # (n_outputs,)
+                logits = member.narrow(member.model(Batch(x, batch.mask, batch.xy))).logits[0]  # (n_outputs,)
                 explained = logits[output] if member.objective.is_classes else logits.sum()
                 (slope,) = torch.autograd.grad(explained, x, allow_unused=True)
                 if slope is None:

@@ -1,8 +1,8 @@
-"""Member: one trained model with all it needs to answer: scaling, objective, temperature. A safetensors file on disk."""
+"""Member: one trained model with all it needs to answer: scaling, objectives, temperatures. A safetensors file on disk."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from mil.bag import Bag, Batch, collate
 from mil.models import MILOutput, build_model
-from mil.objective import Objective
+from mil.objective import Joint, Objective
 from wsi._files import write_atomically
 from wsi.errors import ModelMismatchError
 
 __all__ = ["Member", "Scaling"]
 
 _FORMAT = "wsi-mil-member"
-_VERSION = 1
+_VERSION = 2
 
 
 class Scaling(nn.Module):
@@ -42,26 +42,58 @@ class Scaling(nn.Module):
 
 
 class Member(nn.Module):
-    """Scaling and model; a bag in, answers out.
+    """Scaling and model; a bag in, answers out. Of several tasks it speaks for one, at first for the first.
 
     Attributes:
         facts: what the model is: ``model``, ``hyper``, ``dim``, and of which features it was trained.
-        objective: how its logits become answers.
-        temperature: by which its logits are divided.
+        joint: the objectives of its tasks, and which logits are whose.
+        task: the one it speaks for.
+        temperatures: by which the logits of each task are divided.
     """
 
-    def __init__(self, facts: Mapping[str, Any], objective: Objective, scaling: Scaling) -> None:
+    def __init__(self, facts: Mapping[str, Any], joint: Joint, scaling: Scaling) -> None:
         super().__init__()
         self.facts = dict(facts)
-        self.objective = objective
-        self.temperature = 1.0
+        self.joint = joint
+        self.task = next(iter(joint.tasks))
+        self.temperatures = dict.fromkeys(joint.tasks, 1.0)
         self.scaling = scaling
-        self.model = build_model(facts["model"], facts["dim"], objective.n_outputs, **facts["hyper"])
+        self.model = build_model(facts["model"], facts["dim"], joint.n_outputs, **facts["hyper"])
+
+    def speaking_for(self, task: str) -> "Member":
+        """This model, weights and all, speaking for another of its tasks."""
+        other = copy(self)
+        other.task = task
+        return other
+
+    @property
+    def objective(self) -> Objective:
+        """How the logits of its task become answers."""
+        return self.joint.tasks[self.task]
+
+    @property
+    def temperature(self) -> float:
+        """By which the logits of its task are divided."""
+        return self.temperatures[self.task]
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.temperatures[self.task] = value
 
     def forward(self, batch: Batch) -> MILOutput:
-        """The model's output for raw features."""
-        output: MILOutput = self.model(self.scaling(batch))
-        return output
+        """The model's output for raw features, as far as it is of its task."""
+        return self.narrow(self.model(self.scaling(batch)))
+
+    def narrow(self, output: MILOutput) -> MILOutput:
+        """What of the model's output is of its task: its logits, and their rows where each has an attention of its own."""
+        columns = self.joint.columns(self.task)
+        rows = columns if self.model.attention_per_class else slice(None)
+        return output._replace(
+            logits=output.logits[:, columns],
+            attention=output.attention[:, rows],
+            scores=output.scores[:, rows],
+            part_logits=output.part_logits[..., columns],
+        )
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +101,14 @@ class Member(nn.Module):
 
     @torch.no_grad()
     def logits(self, bag: Bag) -> Tensor:
-        """(n_outputs,) of one bag, all of its tiles, on the CPU."""
+        """(n_outputs,) of its task, of one bag, all of its tiles, on the CPU."""
         return self._output(bag).logits[0].float().cpu()
+
+    @torch.no_grad()
+    def every_logit(self, bag: Bag) -> Tensor:
+        """(n_outputs,) of all tasks."""
+        output: MILOutput = self.eval().model(self.scaling(collate([bag]).to(self.device)))
+        return output.logits[0].float().cpu()
 
     @torch.no_grad()
     def attention(self, bag: Bag) -> Tensor:
@@ -93,8 +131,8 @@ class Member(nn.Module):
             "format": _FORMAT,
             "version": _VERSION,
             "facts": self.facts,
-            "objective": asdict(self.objective),
-            "temperature": self.temperature,
+            "joint": self.joint.to_facts(),
+            "temperatures": self.temperatures,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # One key: safetensors writes several in an order of its own, and equal models should be equal files.
@@ -116,8 +154,8 @@ class Member(nn.Module):
             if (about["format"], about["version"]) != (_FORMAT, _VERSION):
                 raise ModelMismatchError(f"{path}: not a model of this release, which reads {_FORMAT} {_VERSION}")
             facts = about["facts"]
-            member = cls(facts, Objective.from_facts(about["objective"]), Scaling.identity(facts["dim"]))
-            member.temperature = float(about["temperature"])
+            member = cls(facts, Joint.from_facts(about["joint"]), Scaling.identity(facts["dim"]))
+            member.temperatures = {name: float(about["temperatures"][name]) for name in member.joint.tasks}
             member.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ModelMismatchError(f"{path}: cannot be used as a model ({error}); train it again") from error

@@ -1,11 +1,12 @@
 """Metrics: how good predictions are, with intervals over patients, and whether one run beats another.
 
-The numbers are those of scikit-learn and lifelines. Only the expected calibration error is computed here, because
-neither has it: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 5, 15 bins of equal width.
+The numbers are those of scikit-learn, lifelines and SciPy. Only the expected calibration error is computed here, because
+none has it: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 5, 15 bins of equal width.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from wsi.errors import UsageError
 
 __all__ = [
     "PRIMARY",
+    "AucOverTime",
     "Difference",
     "Interval",
     "c_index",
@@ -23,6 +25,7 @@ __all__ = [
     "expected_calibration_error",
     "intervals",
     "measure",
+    "time_dependent_auc",
 ]
 
 # The one number a kind of target is judged by.
@@ -56,14 +59,27 @@ class Difference(NamedTuple):
     p: float
 
 
+class AucOverTime(NamedTuple):
+    """Time-dependent AUC.
+
+    Attributes:
+        at: (K,) of each time; NaN where nobody had the event yet, or nobody is left.
+        mean: of those that are defined, each weighted by how far survival fell since the one before.
+    """
+
+    at: NDArray[np.float64]
+    mean: float
+
+
 def measure(predictions: Predictions) -> dict[str, float]:
     """Every metric of the kind of target, by name. One that the rows do not allow (a single class) is NaN.
 
     Classes: auroc, auprc (of the positive class; macro one-vs-rest for several), accuracy, balanced_accuracy, f1 (macro),
     kappa (quadratic for ordinal), brier (halved for several classes, so that 1 is worst), ece. Regression: r2, mae,
-    pearson. Survival: c_index.
+    pearson. Survival: c_index; auc_q1, auc_q2 and auc_q3 (``time_dependent_auc`` at the quartiles of the cohort's event
+    times) and auc_mean (over their octiles), where the target has ``horizons``.
     """
-    known = predictions.take(np.flatnonzero(~np.isnan(predictions.y)))
+    known = predictions.known
     return {name: float(function(known)) if len(known) else math.nan for name, function in _of_kind(known).items()}
 
 
@@ -74,6 +90,7 @@ def intervals(
 
     Draws in which a metric is not defined do not count for it.
     """
+    predictions = predictions.known
     drawn: dict[str, list[float]] = {}
     with _unchecked():
         for rows in _patient_draws(predictions, draws, seed):
@@ -100,6 +117,7 @@ def compare(
     at = {name: i for i, name in enumerate(second.names)}
     if set(at) != set(first.names) or first.target != second.target:
         raise UsageError("two runs are compared on the same cases and target; these differ")
+    first = first.known
     second = second.take([at[name] for name in first.names])
     metric = metric or PRIMARY[first.target.kind]
     if metric not in (there := measure(first)):
@@ -126,6 +144,41 @@ def c_index(time: NDArray[np.float64], event: NDArray[np.bool_], risk: NDArray[n
         return math.nan
 
 
+def time_dependent_auc(
+    time: NDArray[np.float64], event: NDArray[np.bool_], risk: NDArray[np.float64], times: Sequence[float]
+) -> AucOverTime:
+    """How well risk tells those with the event by a time (cases) from those without it then (controls).
+
+    Uno, Cai, Tian, Wei: Evaluating Prediction Rules for t-Year Survivors with Censored Regression Models, JASA 2007;
+    cases count by the inverse of the chance to be still watched just before their event. The mean is that of Lambert,
+    Chevret: Summary measure of discrimination in survival models, SMMR 2016. Without ties of events and censorings these
+    are the numbers of scikit-survival; it takes a censoring at the time of an event as before it, here it is after.
+
+    Args:
+        time, event, risk: (n,) as for ``c_index``.
+        times: (K,) rising.
+    """
+    from scipy.stats import CensoredData, ecdf
+    from sklearn.metrics import roc_auc_score
+
+    # Events on even, censorings on odd places, so that those censored with an event are at risk of censoring after it.
+    place = 2 * np.unique(time, return_inverse=True)[1]
+    watched = ecdf(CensoredData(uncensored=place[~event] + 1, right=place[event])).sf.evaluate(place)
+    weight = np.ones(len(time))
+    weight[event] = 1 / watched[event]
+    at = np.full(len(times), math.nan)
+    for k, horizon in enumerate(times):
+        case, control = event & (time <= horizon), time > horizon
+        if case.any() and control.any():
+            of = case | control
+            at[k] = roc_auc_score(case[of], risk[of], sample_weight=np.where(case, weight, 1.0)[of])
+    alive = ecdf(CensoredData(uncensored=time[event], right=time[~event])).sf.evaluate(times)
+    fell = -np.diff(alive, prepend=1.0)
+    defined = ~np.isnan(at)
+    total = fell[defined].sum()
+    return AucOverTime(at, float((at[defined] * fell[defined]).sum() / total) if total > 0 else math.nan)
+
+
 def expected_calibration_error(y: NDArray[Any], probabilities: NDArray[np.float64], bins: int = _ECE_BINS) -> float:
     """Mean distance of confidence from accuracy over bins of equal width of the top class's probability.
 
@@ -144,7 +197,9 @@ def expected_calibration_error(y: NDArray[Any], probabilities: NDArray[np.float6
 def _of_kind(predictions: Predictions) -> Mapping[str, Callable[[Predictions], float]]:
     if predictions.target.is_classes:
         return _CLASSES
-    return _REGRESSION if predictions.target.kind == "regression" else _SURVIVAL
+    if predictions.target.kind == "regression":
+        return _REGRESSION
+    return _SURVIVAL | _OVER_TIME if predictions.target.horizons else _SURVIVAL
 
 
 def _unchecked() -> Any:
@@ -256,7 +311,15 @@ def _c_index(p: Predictions) -> float:
     return c_index(p.y, p.event, p.score)
 
 
-_CLASSES: Mapping[str, Callable[[Predictions], float]] = {
+def _auc_at(p: Predictions, quarter: int) -> float:
+    return float(time_dependent_auc(p.y, p.event, p.score, [p.target.quartiles[quarter]]).at[0])
+
+
+def _auc_mean(p: Predictions) -> float:
+    return time_dependent_auc(p.y, p.event, p.score, p.target.horizons).mean
+
+
+_CLASSES: dict[str, Callable[[Predictions], float]] = {
     "auroc": _auroc,
     "auprc": _auprc,
     "accuracy": _accuracy,
@@ -266,5 +329,9 @@ _CLASSES: Mapping[str, Callable[[Predictions], float]] = {
     "brier": _brier,
     "ece": _ece,
 }
-_REGRESSION: Mapping[str, Callable[[Predictions], float]] = {"r2": _r2, "mae": _mae, "pearson": _pearson}
-_SURVIVAL: Mapping[str, Callable[[Predictions], float]] = {"c_index": _c_index}
+_REGRESSION: dict[str, Callable[[Predictions], float]] = {"r2": _r2, "mae": _mae, "pearson": _pearson}
+_SURVIVAL: dict[str, Callable[[Predictions], float]] = {"c_index": _c_index}
+_OVER_TIME: dict[str, Callable[[Predictions], float]] = {
+    **{f"auc_q{quarter + 1}": partial(_auc_at, quarter=quarter) for quarter in range(3)},
+    "auc_mean": _auc_mean,
+}

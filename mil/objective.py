@@ -1,7 +1,11 @@
-"""Objective: how a kind of target is learned, and how logits become answers. Fitted on the training part alone."""
+"""Objective: how a kind of target is learned, and how logits become answers; Joint: several side by side.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Fitted on the training part alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mil.config import TrainConfig
-from mil.losses import cox_loss, cross_entropy, discrete_hazard_loss, focal_loss, ordinal_loss
-from mil.target import Target
+from mil.losses import cox_loss, cross_entropy, discrete_hazard_loss, focal_loss, multi_task_loss, ordinal_loss
+from mil.target import Target, Task
 from wsi.errors import CohortError, UsageError
 
-__all__ = ["Objective", "fit_objective"]
+__all__ = ["Joint", "Objective", "fit_joint", "fit_objective"]
 
 _LOSSES = {
     "binary": ("cross_entropy", "focal"),
@@ -98,6 +102,92 @@ class Objective:
         return cls(**{**facts, **lists})
 
 
+@dataclass(frozen=True)
+class Joint:
+    """The objectives of a model's tasks, usually one: each has logits to itself, side by side, and a weight in the loss.
+
+    Attributes:
+        tasks: the objectives by the names of their targets, in the order of the logits.
+        weights: of the tasks' losses; they sum to one.
+    """
+
+    tasks: Mapping[str, Objective]
+    weights: Mapping[str, float]
+
+    @property
+    def n_outputs(self) -> int:
+        """Logits a model needs."""
+        return sum(objective.n_outputs for objective in self.tasks.values())
+
+    def columns(self, task: str) -> slice:
+        """The logits of a task."""
+        ends = dict(zip(self.tasks, accumulate(each.n_outputs for each in self.tasks.values()), strict=True))
+        return slice(ends[task] - self.tasks[task].n_outputs, ends[task])
+
+    @property
+    def auxiliary(self) -> str | None:
+        """The task that a model's own, auxiliary loss belongs to: the first of classes."""
+        return next((name for name, objective in self.tasks.items() if objective.is_classes), None)
+
+    def losses(self, logits: Tensor, y: Tensor, event: Tensor) -> dict[str, Tensor]:
+        """The loss of each task over the cases whose label is known; a task without any is not among them.
+
+        Args:
+            logits: (B, n_outputs).
+            y: (B, T) labels float64, NaN where not known.
+            event: (B, T) bool.
+        """
+        found = {}
+        for i, (name, objective) in enumerate(self.tasks.items()):
+            known = ~y[:, i].isnan()
+            if known.any():
+                found[name] = objective(logits[known, self.columns(name)], y[known, i], event[known, i])
+        return found
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the tasks' losses: a scalar."""
+        return multi_task_loss(losses, {name: self.weights[name] for name in losses})
+
+    def __call__(self, logits: Tensor, y: Tensor, event: Tensor) -> Tensor:
+        """The loss of logits (B, n_outputs) for labels and events (B, T): a scalar."""
+        return self.total(self.losses(logits, y, event))
+
+    def to_facts(self) -> dict[str, Any]:
+        """As JSON keeps it; a list, as the order counts."""
+        tasks = [[name, asdict(objective)] for name, objective in self.tasks.items()]
+        return {"tasks": tasks, "weights": dict(self.weights)}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Joint":
+        """What ``to_facts`` made."""
+        return cls({name: Objective.from_facts(each) for name, each in facts["tasks"]}, dict(facts["weights"]))
+
+
+def fit_joint(tasks: Sequence[Task], config: TrainConfig) -> Joint:
+    """The objectives for a training part, each fitted where its label is known.
+
+    A loss that is named is taken for the tasks it is for; others have the first of their kind.
+
+    Raises:
+        UsageError: a loss that is for none of them, or the weight of a task that is not there.
+        CohortError: nothing can be learned from the labels of one.
+    """
+    names = [task.target.name for task in tasks]
+    if unknown := config.task_weights.keys() - set(names):
+        raise UsageError(f"task_weights has {min(unknown)!r}, but the targets are {', '.join(names)}")
+    if len(tasks) > 1 and not any(config.loss in ("auto", *_LOSSES[task.target.kind]) for task in tasks):
+        raise UsageError(f"the loss {config.loss} is for none of the targets {', '.join(names)}; take auto")
+    total = sum(config.task_weights.get(name, 1.0) for name in names)
+    found = {}
+    for task in tasks:
+        fits = len(tasks) == 1 or config.loss in _LOSSES[task.target.kind]
+        known = task.take(np.flatnonzero(task.known))
+        found[task.target.name] = fit_objective(
+            task.target, config if fits else replace(config, loss="auto"), known.y, known.event
+        )
+    return Joint(found, {name: config.task_weights.get(name, 1.0) / total for name in names})
+
+
 def fit_objective(target: Target, config: TrainConfig, y: NDArray[np.float64], event: NDArray[np.bool_]) -> Objective:
     """The objective for a training part.
 
@@ -109,6 +199,8 @@ def fit_objective(target: Target, config: TrainConfig, y: NDArray[np.float64], e
     loss = allowed[0] if config.loss == "auto" else config.loss
     if loss not in allowed:
         raise UsageError(f"the loss {loss} is not for a {target.kind} target; take auto, {' or '.join(allowed)}")
+    if not len(y):
+        raise CohortError(f"{target.name}: nobody in a training part has a label; take fewer folds or inner parts")
     if target.is_classes:
         n = len(target.classes)
         counts = np.bincount(y.astype(int), minlength=n)

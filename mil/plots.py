@@ -95,6 +95,7 @@ def kaplan_meier(predictions: Predictions) -> "Figure":
         raise UsageError(
             f"Kaplan-Meier curves are for survival; {predictions.target.name} is {predictions.target.kind}"
         )
+    predictions = predictions.known
     from lifelines import KaplanMeierFitter
     from lifelines.statistics import logrank_test
 
@@ -163,7 +164,7 @@ def _one_against_rest(predictions: Predictions) -> list[tuple[str, Any, Any]]:
 def _with_classes(predictions: Predictions) -> Predictions:
     if not predictions.target.is_classes:
         raise UsageError(f"this plot is for classes; {predictions.target.name} is {predictions.target.kind}")
-    return predictions.take(np.flatnonzero(~np.isnan(predictions.y)))
+    return predictions.known
 
 
 def _color(name: str) -> tuple[float, ...]:

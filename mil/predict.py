@@ -76,7 +76,8 @@ class Answers:
 class Predictor:
     """The models of a finished run.
 
-    A slide that took part in the training is answered only by the folds that tested it; any other by all of them.
+    A slide that took part in the training is answered only by the folds that tested it; any other by all of them. Of a
+    run with several targets it answers for the first; ``tasks`` has one for each.
 
     >>> answers = Predictor.load("runs/subtype").predict("OUT")
     """
@@ -98,6 +99,14 @@ class Predictor:
             NotExtractedError: there is none, or it is not finished.
         """
         return cls(Result.load(run), device=device, name=str(run))
+
+    @property
+    def tasks(self) -> Mapping[str, "Predictor"]:
+        """The same for each target by its name."""
+        return {
+            name: Predictor(result, device=str(self.device), name=self.name)
+            for name, result in self.result.tasks.items()
+        }
 
     def source(self, store: FeatureStore) -> StoreSource:
         """The store's bags of the encoders that the run was trained on.

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from features.keys import safe_name
 from mil.target import Target
 from wsi._files import write_atomically
 from wsi.errors import BadFeaturesError
 
-__all__ = ["Predictions", "stack"]
+__all__ = ["Predictions", "file_name", "stack"]
 
 _FIXED = ("case", "patient", "fold", "true", "event")
 
@@ -70,6 +71,11 @@ class Predictions:
             return ("log risk",) if n == 1 else tuple(f"survival {i + 1}" for i in range(n))
         return ("value",)
 
+    @property
+    def known(self) -> "Predictions":
+        """The rows whose truth is known."""
+        return self.take(np.flatnonzero(~np.isnan(self.y)))
+
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "Predictions":
         """Some of the rows, in the order given."""
         index = np.asarray(rows, np.int64)
@@ -114,6 +120,11 @@ class Predictions:
             )
         except (OSError, ValueError, IndexError) as error:
             raise BadFeaturesError(f"{path}: not the predictions of a run ({error}); train it again") from error
+
+
+def file_name(target: Target, among: int) -> str:
+    """What predictions of a target are called on disk: by its name where there are several."""
+    return "predictions.csv" if among == 1 else f"predictions-{safe_name(target.name)}.csv"
 
 
 def stack(parts: Sequence[Predictions]) -> Predictions:

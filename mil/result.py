@@ -29,9 +29,10 @@ __all__ = ["Result"]
 class Result:
     """A finished cross-validation. Every prediction in it comes from models that never saw the patient.
 
+    Of a run with several targets it is the result of the first; ``tasks`` has one for each.
+
     Attributes:
         config: how it was trained.
-        target: what was predicted.
         features: facts of the features.
         folds: models, curves and test predictions of each fold.
         cases: who took part.
@@ -39,7 +40,6 @@ class Result:
     """
 
     config: TrainConfig
-    target: Target
     features: Mapping[str, Any]
     folds: tuple[TrainedFold, ...]
     cases: Cases
@@ -56,6 +56,23 @@ class Result:
 
         return replace(RunFolder(Path(run)).read_all(), cohort=cohort)
 
+    @property
+    def target(self) -> Target:
+        """What was predicted."""
+        return self.cases.tasks[0].target
+
+    @cached_property
+    def tasks(self) -> Mapping[str, "Result"]:
+        """The result of each target by its name; its heatmaps show what the models rest that answer on."""
+        return {
+            task.target.name: replace(
+                self,
+                folds=tuple(each.of_task(index) for each in self.folds),
+                cases=replace(self.cases, tasks=(task,)),
+            )
+            for index, task in enumerate(self.cases.tasks)
+        }
+
     @cached_property
     def predictions(self) -> Predictions:
         """Every fold's test part, a row a case."""
@@ -70,13 +87,19 @@ class Result:
         return intervals(self.predictions, level=level, draws=draws or self.config.draws, seed=seed)
 
     def summary(self, *, draws: int | None = None) -> str:
-        """A table for people: each metric as mean ± deviation over folds, and pooled with its 95% interval."""
+        """A table for people: each metric as mean ± deviation over folds, and pooled with its 95% interval.
+
+        Of several targets, one table below the other.
+        """
+        if len(self.cases.tasks) > 1:
+            return "\n\n".join(result.summary(draws=draws) for result in self.tasks.values())
         by_fold = self.metrics()
         first = PRIMARY[self.target.kind]
         pooled = self.intervals(draws=draws)
         what = f"{self.target.name} ({self.target.kind})"
+        n = len(self.predictions.known)
         lines = [
-            f"{self.config.model} for {what}: {len(self.folds)} folds, {len(self.predictions)} cases",
+            f"{self.config.model} for {what}: {len(self.folds)} folds, {n} cases",
             f"{'':18}{'mean ± sd of folds':>20}   pooled [95% over patients]",
         ]
         for name in sorted(pooled, key=lambda each: each != first):
@@ -84,6 +107,9 @@ class Result:
             values = values[~np.isnan(values)]
             spread = f"{values.mean():.3f} ± {values.std():.3f}" if len(values) else "not defined"
             lines.append(f"{name:18}{spread:>20}   {pooled[name]}")
+        if self.target.horizons:
+            times = ", ".join(f"{time:.4g}" for time in self.target.quartiles)
+            lines.append(f"auc_q1 to auc_q3 are at {self.target.name} {times}, the quartiles of the event times")
         return "\n".join(lines)
 
     def fold_of(self, case: str) -> TrainedFold:

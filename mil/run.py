@@ -4,7 +4,7 @@
 
     RUN/
       run.json                what was trained on what: format, version, config, target, features, digest of the cohort
-      cohort.csv              case, patient, slides, label, event, site, fold of each case
+      cohort.csv              case, patient, slides, site, fold, label, event of each case
       left_out.csv            slides that took no part, and why
       splits.json             who is trained on and who is tested
       environment.json        versions, machine, threads
@@ -12,6 +12,9 @@
         metrics.json  predictions.csv  curve.csv  member-0.safetensors …
       predictions.csv         all folds' test parts, a row a case
       metrics.json            every metric with its interval over patients
+
+With several targets there is a ``predictions-TARGET.csv`` for each, ``cohort.csv`` has the columns ``label TARGET`` and
+``event TARGET`` for all but the first, and ``metrics.json`` holds by the name of the target what it else holds at once.
 """
 
 import csv
@@ -33,12 +36,12 @@ from features.keys import safe_name
 from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.member import Member
-from mil.metrics import measure
+from mil.metrics import PRIMARY, measure
 from mil.models import build_model
-from mil.predictions import Predictions
+from mil.predictions import Predictions, file_name
 from mil.result import Result
 from mil.splits import Fold, make_folds
-from mil.target import Target
+from mil.target import Target, Task, parse_value
 from mil.train import Epoch, Observer, TrainedFold, train_fold
 from wsi._files import fsync_folder, fsync_tree, write_atomically
 from wsi._version import __version__
@@ -46,7 +49,7 @@ from wsi.errors import NotExtractedError, RunMismatchError, StoreFormatError
 
 __all__ = ["FORMAT_VERSION", "RunFolder", "cross_validate"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: several targets
 _PACKAGES = ("torch", "numpy", "scikit-learn", "lifelines", "scipy", "zarr")
 
 
@@ -82,8 +85,8 @@ def cross_validate(
             run.write_fold(result)
         trained.append(result)
         if observer is not None:
-            observer.fold_finished(fold, measure(result.predictions), resumed=done is not None)
-    result_of_all = Result(config, cohort.target, cohort.source.facts, tuple(trained), cases, cohort)
+            observer.fold_finished(fold, _headline(result), resumed=done is not None)
+    result_of_all = Result(config, cohort.source.facts, tuple(trained), cases, cohort)
     if run is not None:
         run.write_summary(result_of_all)
     return result_of_all
@@ -107,7 +110,7 @@ class RunFolder:
             raise StoreFormatError(f"{root}: a {kind} of version {format_version}; this release reads {FORMAT_VERSION}")
         self.about: dict[str, Any] = about
         self.config = TrainConfig.from_json(json.dumps(about["config"]), where=f"{root / 'run.json'}")
-        self.target = Target(about["target"]["name"], about["target"]["kind"], tuple(about["target"]["classes"]))
+        self.targets = tuple(Target(**each) for each in about["targets"])
 
     @classmethod
     def create(
@@ -122,7 +125,7 @@ class RunFolder:
             "format": "wsi-mil-run",
             "version": FORMAT_VERSION,
             "config": asdict(config),
-            "target": asdict(cohort.target),
+            "targets": [asdict(task.target) for task in cohort.tasks],
             "features": dict(cohort.source.facts),
             "dim": cohort.source.dim,
             "cohort": cohort.fingerprint,
@@ -132,7 +135,7 @@ class RunFolder:
         about = json.loads(json.dumps(about))  # as it reads back
         if (root / "run.json").exists():
             run = cls(root)
-            for what in ("config", "target", "features", "cohort"):
+            for what in ("config", "targets", "features", "cohort"):
                 if run.about[what] != about[what]:
                     changed = (
                         _changes(run.about[what], about[what]) if what in ("config", "features") else f"another {what}"
@@ -142,7 +145,7 @@ class RunFolder:
                     )
         else:
             root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "cohort.csv", _cohort_table(cohort, cases).encode())
+            write_atomically(root / "cohort.csv", _cohort_table(cases).encode())
             write_atomically(root / "left_out.csv", _table(("slide", "reason"), cohort.left_out).encode())
             names = {
                 fold.name: {part: [cases.names[i] for i in getattr(fold, part)] for part in ("train", "test")}
@@ -167,12 +170,13 @@ class RunFolder:
         try:
             for i, member in enumerate(trained.members):
                 member.save(staging / f"member-{i}.safetensors")
-            trained.predictions.write(staging / "predictions.csv")
+            for predictions in trained.tasks:
+                predictions.write(staging / file_name(predictions.target, len(trained.tasks)))
             write_atomically(staging / "curve.csv", _table(Epoch._fields, trained.curve).encode())
             about = {
                 "fold": trained.fold.name,
                 "members": len(trained.members),
-                "metrics": _finite(measure(trained.predictions)),
+                "metrics": _by_task(self.targets, [_finite(measure(each)) for each in trained.tasks]),
             }
             write_atomically(staging / "metrics.json", json.dumps(about, indent=1).encode())
             fsync_tree(staging)
@@ -189,7 +193,9 @@ class RunFolder:
             return None
         members = tuple(Member.load(path, device) for path in sorted(folder.glob("member-*.safetensors"), key=_number))
         curve = tuple(_epoch(row) for row in _rows(folder / "curve.csv"))
-        return TrainedFold(fold, members, curve, Predictions.read(folder / "predictions.csv", self.target))
+        names = [file_name(target, len(self.targets)) for target in self.targets]
+        tasks = (Predictions.read(folder / name, each) for name, each in zip(names, self.targets, strict=True))
+        return TrainedFold(fold, members, curve, tuple(tasks))
 
     def read_all(self) -> Result:
         """The whole run as a result; without its cohort, so that heatmaps need a store.
@@ -206,16 +212,34 @@ class RunFolder:
             if done is None:
                 raise NotExtractedError(f"{self.root}: fold {name} is not finished; run the same wsi train again")
             trained.append(done)
-        return Result(self.config, self.target, self.about["features"], tuple(trained), _cases(rows, self.target), None)
+        return Result(self.config, self.about["features"], tuple(trained), _cases(rows, self.targets), None)
 
     def write_summary(self, result: Result) -> None:
         """Predictions and metrics of all folds together."""
-        result.predictions.write(self.root / "predictions.csv")
-        about = {
-            "folds": {each.fold.name: _finite(measure(each.predictions)) for each in result.folds},
-            "pooled": {name: _finite(value._asdict()) for name, value in result.intervals().items()},
-        }
-        write_atomically(self.root / "metrics.json", json.dumps(about, indent=1).encode())
+        summaries = []
+        for each in result.tasks.values():
+            each.predictions.write(self.root / file_name(each.target, len(self.targets)))
+            folds = {fold: _finite(metrics) for fold, metrics in each.metrics().items()}
+            pooled = {name: _finite(value._asdict()) for name, value in each.intervals().items()}
+            summaries.append({"folds": folds, "pooled": pooled})
+        write_atomically(self.root / "metrics.json", json.dumps(_by_task(self.targets, summaries), indent=1).encode())
+
+
+def _by_task(targets: Sequence[Target], of_each: Sequence[Any]) -> Any:
+    """What is said of the only target, or of each by its name."""
+    if len(targets) == 1:
+        return of_each[0]
+    return {target.name: said for target, said in zip(targets, of_each, strict=True)}
+
+
+def _headline(trained: TrainedFold) -> dict[str, float]:
+    """What an observer is told of a fold: all metrics, or of several targets the first of each."""
+    if len(trained.tasks) == 1:
+        return measure(trained.predictions)
+    return {
+        f"{each.target.name} {PRIMARY[each.target.kind]}": measure(each)[PRIMARY[each.target.kind]]
+        for each in trained.tasks
+    }
 
 
 def _changes(there: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -255,27 +279,32 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return buffer.getvalue()
 
 
-def _cohort_table(cohort: Cohort, cases: Cases) -> str:
+def _cohort_table(cases: Cases) -> str:
     slides: list[list[str]] = [[] for _ in cases.names]
     for owner, bag in zip(cases.owner, cases.bags, strict=True):
         slides[owner].extend(bag)
-    target = cohort.target
+    targets = [task.target for task in cases.tasks]
+    head = ["case", "patient", "slides", "site", "split", *(column for pair in _columns(targets) for column in pair)]
     rows = [
         (
             name,
             cases.patients[i],
             json.dumps(slides[i]),
-            target.classes[int(cases.y[i])] if target.is_classes else repr(float(cases.y[i])),
-            int(cases.event[i]),
             cases.sites[i] if cases.sites else "",
             cases.splits[i] if cases.splits else "",
+            *(cell for task in cases.tasks for cell in (task.word(i), int(task.event[i]))),
         )
         for i, name in enumerate(cases.names)
     ]
-    return _table(("case", "patient", "slides", "label", "event", "site", "split"), rows)
+    return _table(head, rows)
 
 
-def _cases(rows: list[dict[str, str]], target: Target) -> Cases:
+def _columns(targets: Sequence[Target]) -> list[tuple[str, str]]:
+    """The columns of label and event of each target."""
+    return [("label", "event"), *((f"label {target.name}", f"event {target.name}") for target in targets[1:])]
+
+
+def _cases(rows: list[dict[str, str]], targets: Sequence[Target]) -> Cases:
     """Cases as ``_cohort_table`` wrote them; each slide is a bag of its own, for whoever only wants to know whose it is."""
     import numpy as np
 
@@ -283,10 +312,16 @@ def _cases(rows: list[dict[str, str]], target: Target) -> Cases:
     return Cases(
         names=tuple(row["case"] for row in rows),
         patients=tuple(row["patient"] for row in rows),
-        y=np.array(
-            [target.classes.index(row["label"]) if target.is_classes else float(row["label"]) for row in rows], float
+        tasks=tuple(
+            Task(
+                target,
+                np.array(
+                    [parse_value(target, row[label], where="cohort.csv") if row[label] else np.nan for row in rows]
+                ),
+                np.array([row[event] == "1" for row in rows]),
+            )
+            for target, (label, event) in zip(targets, _columns(targets), strict=True)
         ),
-        event=np.array([row["event"] == "1" for row in rows], bool),
         sites=None,
         splits=None,
         bags=tuple((slide,) for each in slides for slide in each),

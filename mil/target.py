@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,7 +10,18 @@ from numpy.typing import NDArray
 
 from wsi.errors import CohortError
 
-__all__ = ["MISSING", "Kind", "Labels", "Target", "infer_target", "is_missing", "parse_event", "parse_value"]
+__all__ = [
+    "MISSING",
+    "Kind",
+    "Labels",
+    "Target",
+    "Task",
+    "infer_target",
+    "is_missing",
+    "parse_event",
+    "parse_value",
+    "with_horizons",
+]
 
 Kind = Literal["binary", "multiclass", "ordinal", "regression", "survival"]
 MISSING = frozenset(("", "na", "n/a", "nan", "none", "null", "?"))
@@ -60,6 +71,11 @@ class Labels:
         if timed and self.kind not in ("auto", "survival"):
             raise CohortError(f"{self.target}: a column of events makes it survival, not {self.kind}")
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a label is made of."""
+        return tuple(column for column in (self.target, self.event, self.censored) if column is not None)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -69,14 +85,20 @@ class Target:
         name: the column it came from.
         kind: binary, multiclass, ordinal, regression or survival.
         classes: for the first three, in order; a label is an index into it.
+        horizons: for survival, the octiles of the cohort's event times, at which answers are judged; the same for every
+            fold, whatever its cases.
     """
 
     name: str
     kind: Kind
     classes: tuple[str, ...] = ()
+    horizons: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "horizons", tuple(self.horizons))
+        if len(self.horizons) not in (0, 7) or list(self.horizons) != sorted(self.horizons):
+            raise CohortError(f"{self.name}: seven octiles, rising, are needed, not {self.horizons}")
         if self.is_classes and len(set(self.classes)) != len(self.classes):
             raise CohortError(f"{self.name}: a class is named twice in {', '.join(self.classes)}")
         if self.is_classes and len(self.classes) < 2:
@@ -89,13 +111,61 @@ class Target:
     def is_classes(self) -> bool:
         return self.kind in ("binary", "multiclass", "ordinal")
 
+    @property
+    def quartiles(self) -> tuple[float, ...]:
+        """For survival, the quartiles of the cohort's event times."""
+        return self.horizons[1::2]
+
     def strata(self, y: NDArray[np.float64], event: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """(n,) groups to be spread evenly over folds: classes; quarters of the values; quarters of the times by event."""
+        """(n,) groups to be spread evenly over folds: classes; quarters of the values; quarters of the times by event.
+
+        Those whose y is NaN are a group of their own, −1.
+        """
+        known = ~np.isnan(y)
+        if not known.all():
+            groups = np.full(len(y), -1, np.int64)
+            groups[known] = self.strata(y[known], event[known])
+            return groups
         if self.is_classes:
             return y.astype(np.int64)
         ranks = np.argsort(np.argsort(y, kind="stable"), kind="stable")
         quarter = ranks * 4 // max(1, len(y))
         return np.asarray(quarter + 4 * event if self.kind == "survival" else quarter, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A target, and what is known of it.
+
+    Attributes:
+        target: what is to be predicted.
+        y: (n,) class index, value or time of each slide or case; NaN where it is not known.
+        event: (n,) whether the event was seen; True for all but survival.
+    """
+
+    target: Target
+    y: NDArray[np.float64]
+    event: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "y", np.asarray(self.y, np.float64))
+        object.__setattr__(self, "event", np.asarray(self.event, np.bool_))
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """(n,) where there is a label."""
+        return np.asarray(~np.isnan(self.y))
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "Task":
+        """Some of the rows, in the order given."""
+        index = np.asarray(rows, np.int64)
+        return Task(self.target, self.y[index], self.event[index])
+
+    def word(self, row: int) -> str:
+        """A label as a table holds it: empty where it is not known."""
+        if not self.known[row]:
+            return ""
+        return self.target.classes[int(self.y[row])] if self.target.is_classes else repr(float(self.y[row]))
 
 
 def infer_target(labels: Labels, values: Sequence[str], *, where: str) -> Target:
@@ -131,6 +201,17 @@ def infer_target(labels: Labels, values: Sequence[str], *, where: str) -> Target
         return Target(labels.target, kind, labels.classes or tuple(distinct))
     except CohortError as error:
         raise CohortError(f"{where}: {error}") from None
+
+
+def with_horizons(task: Task, patients: Sequence[str]) -> Task:
+    """The task with ``horizons``, where it is survival, has none, and there are events; a patient counts once."""
+    known = np.flatnonzero(task.known)
+    once = known[np.unique(np.asarray(patients)[known], return_index=True)[1]]
+    times = task.y[once][task.event[once]]
+    if task.target.kind != "survival" or task.target.horizons or not len(times):
+        return task
+    octiles = tuple(np.quantile(times, np.arange(1, 8) / 8).tolist())
+    return replace(task, target=replace(task.target, horizons=octiles))
 
 
 def parse_value(target: Target, word: str, *, where: str) -> float:

@@ -18,9 +18,11 @@ from mil.calibration import fit_temperature
 from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.member import Member, Scaling
-from mil.objective import fit_objective
+from mil.models import MILOutput
+from mil.objective import fit_joint
 from mil.predictions import Predictions
 from mil.splits import Fold, validation_parts
+from mil.target import Task
 from wsi.errors import DeviceError, UsageError
 
 __all__ = [
@@ -68,19 +70,31 @@ class Examples:
         return self.cohort.read(self.cases.bags[index])
 
     def labels(self, bags: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """(B,) labels float64 and (B,) events bool of these bags."""
-        owner = self.cases.owner[np.asarray(bags, np.int64)]
-        return torch.from_numpy(self.cases.y[owner]), torch.from_numpy(self.cases.event[owner])
+        """(B, T) labels float64, NaN where not known, and (B, T) events bool of these bags, a column a task."""
+        tasks = [task.take(self.cases.owner[np.asarray(bags, np.int64)]) for task in self.cases.tasks]
+        y, event = np.stack([task.y for task in tasks], 1), np.stack([task.event for task in tasks], 1)
+        return torch.from_numpy(y), torch.from_numpy(event)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedFold:
-    """What a fold came to: its models, their curves, and the answers for its test part."""
+    """What a fold came to: its models, their curves, and for each task the answers for its test part."""
 
     fold: Fold
     members: tuple[Member, ...]
     curve: tuple[Epoch, ...]
-    predictions: Predictions
+    tasks: tuple[Predictions, ...]
+
+    @property
+    def predictions(self) -> Predictions:
+        """The answers for its test part; of several tasks, the first's."""
+        return self.tasks[0]
+
+    def of_task(self, index: int) -> "TrainedFold":
+        """The same, of one task alone."""
+        predictions = self.tasks[index]
+        members = tuple(member.speaking_for(predictions.target.name) for member in self.members)
+        return TrainedFold(self.fold, members, self.curve, (predictions,))
 
 
 def train_fold(
@@ -94,7 +108,7 @@ def train_fold(
     examples = Examples(cohort, cases)
     device = pick_device(config.device)
     train = list(fold.train)
-    objective = fit_objective(cohort.target, config, cases.y[train], cases.event[train])
+    joint = fit_joint([task.take(train) for task in cases.tasks], config)
     dim = cohort.source.dim
     all_bags = cases.bags_of(train)
     scaling = fit_scaling(examples, all_bags) if config.scale == "standard" else Scaling.identity(dim)
@@ -109,17 +123,20 @@ def train_fold(
         fit, stop = (cases.bags_of(part) for part in cuts[index])
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # whoever calls keeps his own luck
             torch.manual_seed(int(seeds[index]))
-            member = Member(facts, objective, deepcopy(scaling)).to(device)
+            member = Member(facts, joint, deepcopy(scaling)).to(device)
             for epoch in train_member(member, examples, fit, stop, config, np.random.default_rng(seeds[index])):
                 curve.append(epoch._replace(member=index))
                 if observer is not None:
                     observer.epoch_done(fold, curve[-1])
-        if config.calibrate and len(stop) and objective.is_classes:
-            logits = torch.stack([member.logits(examples.bag(i)) for i in stop]).double().numpy()
-            member.temperature = fit_temperature(logits, examples.labels(stop)[0].long().numpy())
+        if config.calibrate and len(stop):
+            _calibrate(member, examples, stop)
         members.append(member.cpu())
-    answers = answer_cases(members, cohort, cases, fold.test, device)
-    return TrainedFold(fold, tuple(members), tuple(curve), _predictions(cohort, cases, fold, answers))
+    tasks = []
+    for task in cases.tasks:
+        speakers = [member.speaking_for(task.target.name) for member in members]
+        answers = answer_cases(speakers, cohort, cases, fold.test, device)
+        tasks.append(_predictions(task, cases, fold, answers))
+    return TrainedFold(fold, tuple(members), tuple(curve), tuple(tasks))
 
 
 def train_member(
@@ -135,7 +152,7 @@ def train_member(
     Best is the lowest loss on ``stop``; without such bags, the last. Steps: AdamW on a cosine schedule with warm-up, a
     moving average of the weights, which is what is judged and kept.
     """
-    device, objective = member.device, member.objective
+    device = member.device
     lr = member.model.learning_rate if config.lr is None else config.lr
     optimizer = torch.optim.AdamW(_parameter_groups(member, config.weight_decay), lr=lr)
     passes = math.ceil(len(fit) / config.batch_size)
@@ -155,10 +172,7 @@ def train_member(
             dropped = _dropped(scaled, config.feature_dropout)
             with autocast:
                 output = member.model(dropped)
-                loss = objective(output.logits, y, event)
-                if objective.is_classes:
-                    auxiliary = member.model.auxiliary_loss(dropped, output, y.long())
-                    loss = member.model.bag_weight * loss + auxiliary
+                loss = _with_auxiliary(member, dropped, output, y, event)
             if not torch.isfinite(loss):
                 raise UsageError(
                     f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({lr:g})"
@@ -186,6 +200,31 @@ def train_member(
             break
     member.load_state_dict(kept_state)
     member.eval()
+
+
+def _with_auxiliary(member: Member, batch: Batch, output: MILOutput, y: Tensor, event: Tensor) -> Tensor:
+    """The loss of a batch; the model's own, auxiliary loss is part of that of the first task of classes."""
+    losses = member.joint.losses(output.logits, y, event)
+    if (task := member.joint.auxiliary) in losses:
+        labels = y[:, list(member.joint.tasks).index(task)]
+        known = ~labels.isnan()
+        rows = slice(None) if known.all() else known  # a view, not a copy of the batch
+        kept = Batch(batch.features[rows], batch.mask[rows], None if batch.xy is None else batch.xy[rows])
+        of_task = MILOutput(*(each[rows] for each in member.speaking_for(task).narrow(output)))
+        auxiliary = member.model.auxiliary_loss(kept, of_task, labels[rows].long())
+        losses[task] = member.model.bag_weight * losses[task] + auxiliary
+    return member.joint.total(losses)
+
+
+def _calibrate(member: Member, examples: Examples, stop: NDArray[np.int64]) -> None:
+    """Fit the temperature of each task of classes on bags the member was not trained on."""
+    logits = torch.stack([member.every_logit(examples.bag(int(index))) for index in stop]).double()
+    labels = examples.labels(stop)[0]
+    for i, (name, objective) in enumerate(member.joint.tasks.items()):
+        known = ~labels[:, i].isnan()
+        if objective.is_classes and known.any():
+            of_task = logits[known, member.joint.columns(name)].numpy()
+            member.temperatures[name] = fit_temperature(of_task, labels[known, i].long().numpy())
 
 
 def answer_cases(
@@ -273,8 +312,8 @@ def _follow(average: Member, member: Member, decay: float) -> None:
 @torch.no_grad()
 def _loss(member: Member, examples: Examples, bags: NDArray[np.int64]) -> float:
     """The objective over bags taken together, each with all of its tiles."""
-    logits = torch.stack([member.logits(examples.bag(int(index))) for index in bags])
-    return float(member.objective(logits, *examples.labels(bags)))
+    logits = torch.stack([member.every_logit(examples.bag(int(index))) for index in bags])
+    return float(member.joint(logits, *examples.labels(bags)))
 
 
 def _cosine(warm: int, total: int) -> Any:
@@ -304,14 +343,14 @@ def _half_precision(precision: str, device: torch.device) -> tuple[Any, torch.am
     return context, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def _predictions(cohort: Cohort, cases: Cases, fold: Fold, answers: NDArray[np.float64]) -> Predictions:
+def _predictions(task: Task, cases: Cases, fold: Fold, answers: NDArray[np.float64]) -> Predictions:
     test = list(fold.test)
     return Predictions(
-        cohort.target,
+        task.target,
         tuple(cases.names[i] for i in test),
         tuple(cases.patients[i] for i in test),
-        cases.y[test],
-        cases.event[test],
+        task.y[test],
+        task.event[test],
         answers,
         (fold.name,) * len(test),
     )

@@ -112,6 +112,7 @@ def cross_coverage(predictions: Predictions, alpha: float = 0.1) -> Coverage:
     Raises:
         UsageError: there is one fold only.
     """
+    predictions = predictions.known
     folds = np.array(predictions.folds)
     if len(set(predictions.folds)) < 2:
         raise UsageError("coverage across folds needs two or more")

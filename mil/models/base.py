@@ -87,7 +87,8 @@ class MILModel(nn.Module, ABC):
     def auxiliary_loss(self, batch: Batch, output: MILOutput, targets: Tensor) -> Tensor:
         """What the method adds to the loss on ``logits``, weighted as in the paper: a scalar, 0 for most methods.
 
-        ``targets`` are class indices (B,), int64. The total is ``bag_weight * loss(logits) + auxiliary_loss``.
+        ``targets`` are class indices (B,), int64. The total is ``bag_weight * loss(logits) + auxiliary_loss``. Of a model
+        of several tasks ``output`` holds the logits of one.
         """
         return output.logits.new_zeros(())
 

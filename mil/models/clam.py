@@ -90,21 +90,22 @@ class _CLAM(MILModel):
         Raises:
             UsageError: targets are not class indices.
         """
-        targets = class_targets(targets, self.n_classes, "CLAM's instance loss")
+        targets = class_targets(targets, output.logits.shape[1], "CLAM's instance loss")
         losses = [
             torch.stack(
                 [self._judge(logits, labels) for logits, labels in self.sample(batch, output, targets, bag)]
             ).sum()
             for bag in range(len(batch))
         ]
-        share = self.n_classes if self.subtyping else 1
+        share = output.logits.shape[1] if self.subtyping else 1
         return (1 - self.bag_weight) * torch.stack(losses).mean() / share
 
     def sample(self, batch: Batch, output: MILOutput, targets: Tensor, bag: int) -> list[tuple[Tensor, Tensor]]:
         """Instance logits (n, 2) and labels (n,) of the tiles sampled from one bag, for each class that samples any."""
         k = min(self.k_sample, int(batch.mask[bag].sum()))
         samples = []
-        for index, classifier in enumerate(self.instance_classifiers):
+        for index in range(output.logits.shape[1]):  # of several tasks, the classes of one
+            classifier = self.instance_classifiers[index]
             own = index == int(targets[bag])
             if not own and not self.subtyping:
                 continue

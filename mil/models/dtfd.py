@@ -90,7 +90,7 @@ class DTFDMIL(MILModel):
         Raises:
             UsageError: targets are not class indices.
         """
-        targets = class_targets(targets, self.n_classes, "DTFD's first tier")
+        targets = class_targets(targets, output.part_logits.shape[-1], "DTFD's first tier")
         return F.cross_entropy(output.part_logits.flatten(0, 1), targets.repeat_interleave(self.pseudo_bags))
 
     def partitions(self, n_tiles: int) -> list[list[Tensor]]:

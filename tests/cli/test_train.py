@@ -70,9 +70,46 @@ def test_the_main_job(command: Any, tmp_path: Path, store: Any) -> None:
     assert not (tmp_path / "q" / "heatmaps").exists()
 
 
+def test_several_targets_are_one_run_with_answers_for_each(command: Any, tmp_path: Path, store: Any) -> None:
+    run, words = tmp_path / "run", ["--target", "subtype", "--target", "months", "--event-column", "died"]
+    code, out, err = command(
+        "wsi",
+        "train",
+        store[0],
+        "--labels",
+        store[1],
+        *words,
+        "--kind",
+        "auto",
+        "--kind",
+        "survival",
+        "--out",
+        run,
+        *FAST,
+    )
+    assert (code, err) == (0, "")
+    assert "24 slides of 18 patients: subtype 12 luad, 12 lusc; months 12 events" in out
+    assert "fold 2: subtype auroc" in out
+    assert "abmil-gated for months (survival)" in out
+    assert "auc_q1 to auc_q3 are at months" in out
+    code, out, err = command("wsi", "predict", run, store[0], "--out", tmp_path / "p")
+    assert (code, err) == (0, "")
+    assert (out.count("p(lusc)"), out.count("survival 4")) == (24, 24)
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {
+        "heatmaps", "predictions-subtype.csv", "predictions-months.csv",
+    }  # fmt: skip
+    assert len(list((tmp_path / "p" / "heatmaps" / "months").glob("*.geojson"))) == 24
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--target", "subtype", "--target", "months", "--kind", "binary"], "--kind is given 1 times for 2 targets"),
+        (
+            ["--target", "subtype", "--target", "months", "--event-column", "died"],
+            "say which of the targets the events",
+        ),
+        (["--target", "subtype", "--target", "subtype"], "BAD_COHORT: .*names that differ"),
         (["--target", "grade"], "BAD_COHORT: .*cohort.csv: has no column 'grade'; it has slide, patient, site"),
         (["--target", "subtype", "--labels", "none.csv"], "BAD_COHORT: none.csv: there is no such table"),
         (["--target", "subtype", "--encoder", "uni2-h"], "NOT_EXTRACTED: .*no slide has features of uni2-h"),

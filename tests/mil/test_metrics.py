@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mil.calibration import fit_temperature
-from mil.metrics import c_index, compare, expected_calibration_error, intervals, measure
+from mil.metrics import c_index, compare, expected_calibration_error, intervals, measure, time_dependent_auc
 from mil.predictions import Predictions, stack
 from mil.target import Target
 from wsi.errors import BadFeaturesError, UsageError
@@ -53,6 +53,78 @@ def test_concordance_is_that_of_the_reference_ties_included(shared: Path) -> Non
         names = ("time", "event", "risk", "value")
         time, event, risk, value = (golden[f"cindex_ties/{name}"] for name in names)
     assert c_index(time, event.astype(bool), risk) == pytest.approx(float(value), abs=1e-9)
+
+
+# Forty made-up cases with ties of risk: time, event, risk.
+SURVIVAL = """
+2.18 0 0.1, 24.357 1 -0.1, 23.49 1 0.6, 11.059 1 0.1, 13.984 1 -0.5, 11.867 1 0.4, 0.361 0 1.3, 7.261 1 0.9, 3.714 1 -0.7,
+15.154 0 -1.3, 0.4 0 -0.6, 11.042 1 0.0, 62.619 0 -2.3, 2.528 1 -0.2, 1.374 0 -1.2, 10.408 1 -0.7, 22.782 1 -0.5,
+23.791 1 -0.3, 7.783 1 0.4, 1.119 1 1.0, 43.288 1 -0.1, 3.246 1 1.4, 3.976 1 -0.7, 11.201 1 0.4, 2.886 1 0.9, 7.679 1 0.1,
+3.117 0 -0.7, 21.167 1 -0.9, 29.768 1 -0.5, 1.65 1 0.2, 46.575 0 -1.0, 0.476 0 -0.2, 20.296 1 -0.2, 18.41 0 0.5,
+8.639 1 0.2, 4.641 0 0.4, 29.932 0 -0.7, 5.945 0 -0.1, 7.847 1 0.8, 3.619 1 1.5
+"""
+
+
+def survival(*, tied: bool = False) -> tuple[Any, Any, Any]:
+    rows = np.array([[float(word) for word in row.split()] for row in SURVIVAL.split(",")])
+    time, event, risk = rows[:, 0], rows[:, 1] == 1, rows[:, 2]
+    # Of many events at one time, but no censoring at such a time: there scikit-survival and we differ on purpose.
+    return (np.where(event, np.ceil(time / 4) * 4, time + 0.0137) if tied else time), event, risk
+
+
+@pytest.mark.parametrize(
+    ("tied", "at", "mean"),
+    [
+        (False, [0.7546428950440411, 0.7431158872275776, 0.8059316890385294], 0.7668910683098359),
+        (True, [0.6802884615384616, 0.8067319848293301, 0.8162116858237548], 0.7710706233906235),
+    ],
+)
+def test_time_dependent_auc_is_that_of_scikit_survival(tied: bool, at: Any, mean: float) -> None:
+    # cumulative_dynamic_auc(s, s, risk, times) of scikit-survival 0.28.0, the times being the quartiles of event times
+    time, event, risk = survival(tied=tied)
+    found = time_dependent_auc(time, event, risk, np.quantile(time[event], [0.25, 0.5, 0.75]).tolist())
+    np.testing.assert_allclose(found.at, at, rtol=1e-12)
+    assert found.mean == pytest.approx(mean, rel=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_time_dependent_auc_counts_each_case_by_its_chance_to_be_still_watched(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    time, event = rng.integers(1, 8, 25).astype(float), rng.random(25) < 0.6
+    risk = rng.integers(0, 5, 25).astype(float)
+    found = time_dependent_auc(time, event, risk, [3.0, 100.0])
+    assert np.isnan(found.at[1])  # nobody is left
+    pairs, agree = 0.0, 0.0
+    for i in np.flatnonzero(event & (time <= 3)):
+        watched = 1.0  # just before the event: those censored earlier, of those at risk of it then
+        for t in np.unique(time[time < time[i]]):
+            watched *= 1 - (~event & (time == t)).sum() / ((time > t) | (~event & (time == t))).sum()
+        for j in np.flatnonzero(time > 3):
+            pairs += 1 / watched
+            agree += (0.5 * (risk[i] == risk[j]) + (risk[i] > risk[j])) / watched
+    if pairs:
+        assert found.at[0] == pytest.approx(agree / pairs)
+    else:
+        assert np.isnan(found.at).all()
+        assert np.isnan(found.mean)
+
+
+def test_survival_answers_are_judged_at_the_same_times_in_every_fold_each_with_its_interval() -> None:
+    time, event, risk = survival()
+    target = Target("months", "survival", horizons=tuple(np.quantile(time[event], np.arange(1, 8) / 8)))
+    made = predictions(time, risk, target, event=event)
+    found = measure(made)
+    assert found["auc_q1"] == pytest.approx(0.7546428950440411)
+    assert found["auc_q3"] == pytest.approx(0.8059316890385294)
+    assert found["auc_mean"] == pytest.approx(0.764909092445169)  # of scikit-survival, over the seven octiles
+    few = made.take(np.argsort(time)[:20])
+    assert measure(few)["auc_q1"] == pytest.approx(
+        time_dependent_auc(few.y, few.event, few.score, target.quartiles).at[0]
+    )
+    assert np.isnan(measure(few)["auc_q3"])  # the twenty earliest saw no time so late
+    for name, interval in intervals(made, draws=40).items():
+        assert interval.low < interval.value < interval.high, name
+    assert set(measure(predictions(time, risk, Target("months", "survival"), event=event))) == {"c_index"}
 
 
 def test_what_is_not_defined_is_nan_and_not_a_warning() -> None:
