@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mil.prototypes.counts import ProtoCounts
     from mil.prototypes.embedder import Embedder, SlideVectors
     from mil.prototypes.embedders import EMBEDDERS, build_embedder
+    from mil.prototypes.embeddings import Embeddings, EmbedReport, embed_slides
     from mil.prototypes.fitting import fit_prototypes
     from mil.prototypes.h2t import H2T
     from mil.prototypes.moments import Mean, MeanVariance
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = [
     "EMBEDDERS",
     "H2T",
+    "EmbedReport",
     "Embedder",
+    "Embeddings",
     "KReport",
     "Mean",
     "MeanVariance",
@@ -41,6 +44,7 @@ __all__ = [
     "TilePool",
     "build_embedder",
     "draw_tiles",
+    "embed_slides",
     "fit_prototypes",
     "report_k",
 ]
@@ -51,6 +55,7 @@ _HOME = {
     "ProtoCounts": "mil.prototypes.counts",
     **dict.fromkeys(("Embedder", "SlideVectors"), "mil.prototypes.embedder"),
     **dict.fromkeys(("EMBEDDERS", "build_embedder"), "mil.prototypes.embedders"),
+    **dict.fromkeys(("EmbedReport", "Embeddings", "embed_slides"), "mil.prototypes.embeddings"),
     "fit_prototypes": "mil.prototypes.fitting",
     "H2T": "mil.prototypes.h2t",
     **dict.fromkeys(("Mean", "MeanVariance"), "mil.prototypes.moments"),

@@ -12,7 +12,7 @@ from features.store import GOOD, Features
 
 __all__ = ["Rows", "StoredRows", "TensorRows"]
 
-_BLOCK_ROWS = 4096  # 16 MiB of float32 at 1024 features
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of float32: what stays in a core's cache; what fills a GPU
 
 
 class Rows(Protocol):
@@ -37,8 +37,9 @@ class TensorRows:
         return len(self.x)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self.x), _BLOCK_ROWS):
-            yield self.x[start : start + _BLOCK_ROWS].float()
+        rows = max(1, _BLOCK_BYTES.get(self.x.device.type, _BLOCK_BYTES["cpu"]) // (4 * self.x.shape[1]))
+        for start in range(0, len(self.x), rows):
+            yield self.x[start : start + rows].float()
 
     def whole(self) -> Tensor:
         return self.x
@@ -55,7 +56,7 @@ class StoredRows:
 
     def __iter__(self) -> Iterator[Tensor]:
         for block in self._blocks():
-            yield block.float()
+            yield from TensorRows(block)
 
     def whole(self) -> Tensor:
         return torch.cat(list(self._blocks()))
