@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,7 @@ from features.keys import readable_part
 from features.store import FeatureStore
 from mil.bag import Bag
 from mil.cohort import LeftOut, SlideNames, read_rows
+from mil.models.base import Bags
 from mil.prototypes.rows import Rows, StoredRows, TensorRows
 from mil.sources import BagSource, CachedSource, StoreSource, has_features
 from wsi.errors import BadFeaturesError, CohortError, UsageError
@@ -109,7 +110,7 @@ class SlideSet:
         return cls(source, tuple(kept), tuple(kept.values()) if has_sites else None, tuple(left_out))
 
     @classmethod
-    def from_bags(cls, bags: Sequence[Bag]) -> "SlideSet":
+    def from_bags(cls, bags: Bags) -> "SlideSet":
         """Bags that are read when they are asked for; they are told apart by their place in ``bags``."""
         return cls(_BagList(bags), tuple(str(index) for index in range(len(bags))))
 
@@ -198,7 +199,7 @@ def rows_of(source: BagSource, slide: str) -> Rows:
 class _BagList:
     """A ``BagSource`` of bags in a list, which may read them lazily."""
 
-    def __init__(self, bags: Sequence[Bag]) -> None:
+    def __init__(self, bags: Bags) -> None:
         self._bags = bags
 
     @property
