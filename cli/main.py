@@ -7,6 +7,7 @@ from cli.extract import extract
 from cli.info import info
 from cli.phantom import phantom
 from cli.predict import predict
+from cli.prototypes import prototypes
 from cli.remove import gc, remove
 from cli.run import EXIT_CODES, run
 from cli.train import train
@@ -22,7 +23,7 @@ def wsi() -> None:
     """Whole-slide pathology: slides into feature stores, and what stands on them."""
 
 
-for verb in (extract, train, predict, encoders, info, phantom, verify, remove, gc):
+for verb in (extract, train, predict, prototypes, encoders, info, phantom, verify, remove, gc):
     wsi.add_command(verb)
 
 

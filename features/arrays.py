@@ -21,6 +21,7 @@ __all__ = [
     "check_files",
     "create_array",
     "file_facts",
+    "group_bytes",
     "manifest_digest",
     "manifest_of",
     "open_array",
@@ -169,8 +170,13 @@ def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
 def write_group(folder: Path, attributes: Mapping[str, Any]) -> None:
     """Make a folder a Zarr v3 group, https://zarr-specs.readthedocs.io/en/latest/v3/core/#group-metadata."""
     folder.mkdir(exist_ok=True)
+    (folder / "zarr.json").write_bytes(group_bytes(attributes))
+
+
+def group_bytes(attributes: Mapping[str, Any]) -> bytes:
+    """The metadata document of a Zarr v3 group."""
     group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-    (folder / "zarr.json").write_bytes(json.dumps(group, allow_nan=False).encode())
+    return json.dumps(group, allow_nan=False).encode()
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@
         coords, tissue_fraction         (N, 2) int32 level-0 pixels; (N,) float32
         encoders/<encoder>/             one encoder's group, likewise
           features, status              (N, D); (N,) uint8: 0 good, 1 unreadable pixels, 2 non-finite vector
+        embeddings/<name>/              one vector of the whole slide, in named parts, likewise
       tissue/<key>.geojson   thumbnails/<key>.jpg   report.jsonl
       .staging/   .locks/   .replaced/
 """
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.arrays import array_facts, check_files, manifest_of, open_array, read_rows, row_blocks
+from features.embedding import SlideEmbedding
 from features.keys import readable_part, safe_name, slide_key
 from wsi._files import write_atomically
 from wsi._version import __version__
@@ -134,7 +136,7 @@ class SlideStore:
     @property
     def encoders(self) -> tuple[str, ...]:
         """Names of the encoders whose features are complete."""
-        return tuple(sorted(str(manifest["encoder"]["name"]) for _, manifest in self._groups()))
+        return tuple(sorted(str(manifest["encoder"]["name"]) for _, manifest in self._groups("encoders")))
 
     def features(self, encoder: str) -> Features:
         """One encoder's features.
@@ -159,6 +161,30 @@ class SlideStore:
         """Where the features of this encoder are, or will be."""
         return self.path / "encoders" / safe_name(encoder)
 
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Names of the slide's embeddings that are complete."""
+        return tuple(sorted(str(manifest["name"]) for _, manifest in self._groups("embeddings")))
+
+    def embedding(self, name: str) -> SlideEmbedding:
+        """The slide's vector of this name, such as ``"panther"``.
+
+        Raises:
+            NotExtractedError: it is not there.
+        """
+        path = self.embedding_path(name)
+        manifest = manifest_of(path)
+        if manifest is None:
+            there = ", ".join(self.embeddings) or "none yet"
+            raise NotExtractedError(
+                f"{self.path}: no embedding {name!r} (there are: {there}); make it with wsi prototypes embed"
+            )
+        return SlideEmbedding(path, manifest)
+
+    def embedding_path(self, name: str) -> Path:
+        """Where the slide's vector of this name is, or will be."""
+        return self.path / "embeddings" / safe_name(name)
+
     def verify(self, *, deep: bool = False) -> list[Problem]:
         """Compare what is on disk with what the manifests promise.
 
@@ -174,21 +200,28 @@ class SlideStore:
                 _ = self.grid
             except StoreCorruptError as error:
                 problems.append(Problem(self.key, "grid", str(error)))
-        for folder in sorted((self.path / "encoders").iterdir()) if (self.path / "encoders").is_dir() else []:
+        return problems + self._verify_groups("encoders", deep) + self._verify_groups("embeddings", deep)
+
+    def _verify_groups(self, kind: str, deep: bool) -> list[Problem]:
+        problems = []
+        for folder in sorted((self.path / kind).iterdir()) if (self.path / kind).is_dir() else []:
             if not folder.is_dir():
                 continue
+            part = folder.name if kind == "encoders" else f"{kind}/{folder.name}"
             try:
                 manifest = manifest_of(folder)
             except StoreCorruptError as error:
-                problems.append(Problem(self.key, folder.name, str(error)))
+                problems.append(Problem(self.key, part, str(error)))
                 continue
             if manifest is None:
                 continue  # it went away meanwhile
-            found = [Problem(self.key, folder.name, what) for what in check_files(folder, manifest["files"], deep=deep)]
+            found = [Problem(self.key, part, what) for what in check_files(folder, manifest["files"], deep=deep)]
             if manifest["grid_fingerprint"] != self.manifest["grid"]["fingerprint"]:
-                found.append(Problem(self.key, folder.name, "features belong to another grid"))
+                found.append(Problem(self.key, part, f"{'features belong' if kind == 'encoders' else 'it belongs'} to another grid"))
             if deep and not found:
-                found = self._compare(folder, manifest, folder.name) or self._hidden_nan(Features(folder, manifest))
+                found = self._compare(folder, manifest, part)
+                if kind == "encoders":
+                    found = found or self._hidden_nan(Features(folder, manifest))
             problems += found
         return problems
 
@@ -209,8 +242,8 @@ class SlideStore:
                 return [Problem(self.key, features.path.name, "vectors are not finite exactly where status says so")]
         return []
 
-    def _groups(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        folder = self.path / "encoders"
+    def _groups(self, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        folder = self.path / kind
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             manifest = manifest_of(path) if path.is_dir() else None
             if manifest is not None:

@@ -31,6 +31,7 @@ from features.arrays import (
     array_facts,
     create_array,
     file_facts,
+    group_bytes,
     manifest_digest,
     manifest_of,
     open_array,
@@ -42,19 +43,21 @@ from features.arrays import (
 )
 from features.lease import Lease
 from features.store import FORMAT_VERSION, GOOD, NONFINITE, FeatureStore, SlideStore
-from wsi._files import fsync_folder, replace_atomically
+from wsi._files import fsync_folder, replace_atomically, write_atomically
 from wsi._version import __version__
 from wsi.errors import DiskFullError, EncoderChangedError, OutputNotWritableError, StoreCorruptError, StoreError
 from wsi.grid import TileGrid
 
 __all__ = [
     "FeatureWriter",
+    "check_embedding",
     "check_encoder",
     "check_writable",
     "collect_garbage",
     "disk_errors",
     "replace_slide",
     "sweep",
+    "write_embedding",
     "write_slide",
 ]
 
@@ -100,8 +103,7 @@ def write_slide(store: FeatureStore, key: str, grid: TileGrid, provenance: Mappi
 
 def replace_slide(store: FeatureStore, key: str) -> Path:
     """Move a slide out of the way, whole, into ``.replaced``, and say where it is."""
-    aside = store.root / ".replaced" / f"{key}.{datetime.now(UTC):%Y%m%dT%H%M%S}.{uuid.uuid4().hex[:6]}.zarr"
-    aside.parent.mkdir(exist_ok=True)
+    aside = _aside(store, key)
     store.path_of(key).rename(aside)
     fsync_folder(store.root / "slides")
     return aside
@@ -289,6 +291,85 @@ class FeatureWriter:
         new.replace(self._staging / "journal.json")
 
 
+def check_embedding(slide: SlideStore, name: str, facts: Mapping[str, Any]) -> bool:
+    """Whether the slide's vector of this name is there already, made of the same.
+
+    Raises:
+        EncoderChangedError: it was made otherwise.
+        StoreCorruptError: it is damaged.
+    """
+    path = slide.embedding_path(name)
+    manifest = manifest_of(path)
+    if manifest is None:
+        return False
+    there = manifest["facts"]
+    changed = [
+        f"{key} {there.get(key)} there, {facts.get(key)} asked"
+        for key in sorted(there.keys() | facts.keys())
+        if there.get(key) != facts.get(key)
+    ]
+    if changed:
+        raise EncoderChangedError(
+            f"{path}: holds an embedding made otherwise ({', '.join(changed)}); write this one under another name with "
+            f"--name, or have it replaced with --replace"
+        )
+    return True
+
+
+def write_embedding(
+    store: FeatureStore,
+    slide: SlideStore,
+    name: str,
+    facts: Mapping[str, Any],
+    parts: Mapping[str, NDArray[np.float32]],
+    *,
+    replace: bool = False,
+) -> None:
+    """Put one vector of a whole slide into the store, complete and verified, or not at all.
+
+    Where another process was faster, theirs stays.
+
+    Args:
+        facts: what decides the vector, as JSON.
+        parts: arrays by name; the vector is all of them in this order, each flattened.
+        replace: move one that is there into ``.replaced`` first.
+
+    Raises:
+        StoreCorruptError: what reads back is not what was written.
+    """
+    final = slide.embedding_path(name)
+    staging = _new_staging(store, hashlib.sha256(f"{slide.key}/embeddings/{final.name}".encode()).hexdigest()[:20])
+    with disk_errors(store.root):
+        try:
+            folder = staging / "group"
+            arrays = {
+                part: _write_array(folder / part, rows, (part, "feature")[: rows.ndim]) for part, rows in parts.items()
+            }
+            manifest = {
+                "kind": "embedding",
+                "version": FORMAT_VERSION,
+                "name": name,
+                "facts": dict(facts),
+                "parts": list(parts),
+                "grid_fingerprint": slide.manifest["grid"]["fingerprint"],
+                "arrays": arrays,
+                "files": file_facts(folder),
+                "software": _software(),
+                "finished_at": _now(),
+            }
+            seal(folder, manifest)
+            final.parent.mkdir(exist_ok=True)
+            if not (
+                final.parent / "zarr.json"
+            ).exists():  # a group too, and not among what the slide's manifest promises
+                write_atomically(final.parent / "zarr.json", group_bytes({}))
+            if replace and final.exists():
+                final.rename(_aside(store, f"{slide.key[:100]}.{final.name[:50]}"))
+            _publish(folder, final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def check_writable(root: Path) -> None:
     """Try in ``root`` what a store needs: write, fsync, rename a folder.
 
@@ -340,6 +421,13 @@ def _publish(folder: Path, final: Path) -> None:
             raise
         manifest_of(final)  # raises where what is in the way is damaged
     fsync_folder(final.parent)
+
+
+def _aside(store: FeatureStore, name: str) -> Path:
+    """A new name below ``.replaced``."""
+    folder = store.root / ".replaced"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{name}.{datetime.now(UTC):%Y%m%dT%H%M%S}.{uuid.uuid4().hex[:6]}.zarr"
 
 
 def _sync(path: Path) -> None:

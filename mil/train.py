@@ -77,6 +77,23 @@ class Examples:
 
 
 @dataclass(frozen=True, eq=False)
+class _ScaledBags:
+    """Bags as a member's model sees them, read when asked for."""
+
+    member: Member
+    examples: Examples
+    bags: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def __getitem__(self, index: int, /) -> Bag:
+        bag = self.examples.bag(int(self.bags[index]))
+        scaled = self.member.scaling(collate([bag]).to(self.member.device))
+        return Bag(scaled.features[0], None, bag.key)
+
+
+@dataclass(frozen=True, eq=False)
 class TrainedFold:
     """What a fold came to: its models, their curves, and for each task the answers for its test part."""
 
@@ -102,8 +119,8 @@ def train_fold(
 ) -> TrainedFold:
     """Train the members of one fold and let them answer for its test part.
 
-    Whatever is fitted (scaling, units, intervals, weights, temperature) sees the fold's training part alone. The same
-    cohort, fold and configuration give the same bits on a CPU with the same number of threads.
+    Whatever is fitted (scaling, prototypes, units, intervals, weights, temperature) sees the fold's training part alone.
+    The same cohort, fold and configuration give the same bits on a CPU with the same number of threads.
     """
     examples = Examples(cohort, cases)
     device = pick_device(config.device)
@@ -124,6 +141,7 @@ def train_fold(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # whoever calls keeps his own luck
             torch.manual_seed(int(seeds[index]))
             member = Member(facts, joint, deepcopy(scaling)).to(device)
+            member.model.prepare(_ScaledBags(member, examples, fit), int(seeds[index]))
             for epoch in train_member(member, examples, fit, stop, config, np.random.default_rng(seeds[index])):
                 curve.append(epoch._replace(member=index))
                 if observer is not None:

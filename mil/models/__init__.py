@@ -13,7 +13,9 @@ from mil.models.clam import CLAMMB, CLAMSB
 from mil.models.dsmil import DSMIL
 from mil.models.dtfd import DTFDMIL
 from mil.models.ilra import ILRAMIL
+from mil.models.panther import PantherMIL, PantherMLP
 from mil.models.pooling import LinearProbe, MaxMIL, MeanMIL
+from mil.models.prototypes import H2TMIL, OTMIL, MeanVarianceMIL, ProtoCountsMIL, QuantilesMIL
 from mil.models.rrt import RRTMIL
 from mil.models.stamp_vit import STAMPViT
 from mil.models.transformer import TransformerMIL
@@ -41,6 +43,13 @@ MODELS: Mapping[str, type[MILModel]] = MappingProxyType(
         "wikg": WiKG,
         "ilra": ILRAMIL,
         "additive": AdditiveMIL,
+        "panther": PantherMIL,
+        "panther-mlp": PantherMLP,
+        "protocounts": ProtoCountsMIL,
+        "h2t": H2TMIL,
+        "ot": OTMIL,
+        "mean-variance": MeanVarianceMIL,
+        "quantiles": QuantilesMIL,
     }
 )
 

@@ -2,17 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mil.bag import Batch
+from mil.bag import Bag, Batch
 from wsi.errors import ModelMismatchError, UsageError
 
 __all__ = [
+    "Bags",
     "MILModel",
     "MILOutput",
     "PublishedState",
@@ -31,6 +32,14 @@ State = Mapping[str, Tensor | NDArray[Any]]
 AnyModel = TypeVar("AnyModel", bound="MILModel")
 
 _CHUNK_TILES = 4096  # tiles whose hidden activations are held at once when no gradient is wanted
+
+
+class Bags(Protocol):
+    """Bags that may be read only when they are asked for; a list of bags is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Bag: ...
 
 
 class MILOutput(NamedTuple):
@@ -79,6 +88,13 @@ class MILModel(nn.Module, ABC):
             raise UsageError(f"a model needs a feature width and classes, not dim={dim}, n_classes={n_classes}")
         self.dim = dim
         self.n_classes = n_classes
+
+    def prepare(self, bags: Bags, seed: int) -> None:
+        """Fit what the method fits without labels, such as prototypes; most methods have nothing of the kind.
+
+        Called once before training with the bags that the model is to be trained on, and no others, scaled as it will see
+        them. What is fitted belongs to the model's state.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch) -> MILOutput:

@@ -36,6 +36,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "wikg": {"width": 16},
     "ilra": {"width": 16, "heads": 2, "norm": True},
     "additive": {"attention_dim": 16, "hidden_dim": 16},
+    "panther": {"k": 4, "eps": 1.0},
+    "panther-mlp": {"k": 4, "shared": 16, "individual": 8, "joint": 16},
+    "protocounts": {"k": 4},
+    "h2t": {"k": 4},
+    "ot": {"k": 4},
 }
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -44,6 +49,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 def make(name: str) -> MILModel:
     torch.manual_seed(3)
     model = build_model(name, DIM, CLASSES, **SMALL.get(name, {}))
+    model.prepare([bag(40, 7), bag(30, 8)], seed=0)
     with torch.no_grad():
         for parameter in model.parameters():  # biases of zero and norms of one would hide what depends on them
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -213,15 +219,17 @@ def test_a_very_large_bag_is_answered_in_bounded_memory() -> None:
 import resource, torch
 from mil.bag import Bag, collate
 from mil.models import build_model
-from tests.mil.models.test_laws import DIM, CLASSES, SMALL, MODELS
+from tests.mil.models.test_laws import DIM, CLASSES, SMALL, MODELS, bag
 torch.set_num_threads(2)
 torch.manual_seed(0)
 print('alone', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 for name, kind in MODELS.items():
     n = 12_000 if kind.quadratic else 100_000
     batch = collate([Bag(torch.randn(n, DIM).half(), torch.randint(0, 100_000, (n, 2)))])
+    model = build_model(name, DIM, CLASSES, **SMALL.get(name, {})).eval()
+    model.prepare([bag(100)], seed=0)
     with torch.no_grad():
-        output = build_model(name, DIM, CLASSES, **SMALL.get(name, {})).eval()(batch)
+        output = model(batch)
     assert output.logits.isfinite().all(), name
     assert abs(float(output.attention.double().sum(-1).mean()) - 1) < 1e-3, name
     print(name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -1,0 +1,233 @@
+"""wsi prototypes: typical tiles of a cohort, and with them one vector for each slide."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cli.console import PatientConsole
+
+__all__ = ["prototypes"]
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+_METHODS = ("panther", "protocounts", "h2t", "ot", "mean", "mean-variance", "quantiles")
+
+
+@click.group(context_settings=_HELP)
+def prototypes() -> None:
+    """Typical tiles of a cohort, and with them one vector for each slide, without labels.
+
+    Prototypes are k tiles' vectors that stand for the k kinds of tissue of a cohort. They are fitted once, on slides that
+    nothing will be tested on, and then say of each slide how much of each kind it has and what that looks like.
+
+    \b
+    wsi prototypes fit OUT --encoder uni2-h --slides train.csv --out prototypes.zarr
+    wsi prototypes embed OUT --prototypes prototypes.zarr
+    """
+
+
+@prototypes.command(context_settings=_HELP)
+@click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where the prototypes go; prototypes.zarr, say.")
+@click.option("--encoder", help="Whose features; may be left out where OUT has one encoder.")
+@click.option(
+    "--slides",
+    "table",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="CSV of the slides to fit on: column slide. Those you will test on should not be among them.  [default: all]",
+)
+@click.option("--k", type=click.IntRange(min=1), default=16, show_default=True, help="How many prototypes.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same prototypes."
+)
+@click.option(
+    "--tiles",
+    "n_tiles",
+    type=click.IntRange(min=1),
+    default=100_000,
+    show_default=True,
+    help="Tiles to fit on, in all; each slide gives at most its equal share.",
+)
+@click.option(
+    "--balance",
+    type=click.Choice(["slides", "sites"]),
+    default="slides",
+    show_default=True,
+    help="Who gives an equal share: slides, or the sites of the CSV's column site.",
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Starts of k-means; the best is kept.",
+)
+@click.option(
+    "--report",
+    "ks",
+    metavar="K,K,…",
+    help="Fit nothing yet: say how good and how stable each of these k would be.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu or cuda; auto takes a GPU for large pools."
+)
+def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, ks: str | None, **values: Any) -> int:
+    """Fit prototypes on the features in OUT.
+
+    Tiles are drawn from all slides alike and grouped by k-means; the most common prototype comes first. The same command
+    gives the same prototypes.
+
+    \b
+    wsi prototypes fit OUT --encoder uni2-h --slides train.csv --out prototypes.zarr
+    wsi prototypes fit OUT --encoder uni2-h --slides train.csv --report 8,16,32
+    """
+    console = PatientConsole()
+    if out is None and ks is None:
+        raise click.UsageError("where to? --out prototypes.zarr; or --report 8,16,32 to choose k first")
+    if out is not None and out.exists():
+        raise click.UsageError(f"{out} is there already; give another --out, or delete it")
+    with console.status("loading …"):  # torch alone takes seconds
+        from mil.prototypes import SlideSet, draw_tiles, fit_prototypes, report_k
+        from mil.prototypes.embeddings import encoder_of
+
+        slides = SlideSet.from_store(store, encoder or encoder_of(store), table)
+    for left in slides.left_out:
+        _say(console, f"{left.slide}: left out, {left.reason}")
+    with _Bar(console, "reading", len(slides.slides), "slides") as bar:
+        pool = draw_tiles(
+            slides, values["n_tiles"], seed=values["seed"], balance=values["balance"], done=lambda _: bar.step()
+        )
+    _say(console, f"{len(pool)} tiles of {len(pool.slides)} slides")
+    if out is None or ks is not None:
+        asked = _numbers(ks or "")
+        with _Bar(console, "fitting", len(asked), "values of k") as bar:
+            found = report_k(pool, asked, seed=values["seed"], restarts=values["restarts"], done=lambda _: bar.step())
+        _say(console, str(found))
+        return 0
+    with console.status("k-means …"):
+        fitted = fit_prototypes(
+            pool, values["k"], seed=values["seed"], restarts=values["restarts"], device=values["device"]
+        )
+        fitted.save(out)
+    shares = ", ".join(f"{share:.1%}" for share in fitted.shares[:8])
+    more = f" and {fitted.k - 8} smaller ones" if fitted.k > 8 else ""
+    _say(console, f"{fitted.k} prototypes of {' and '.join(fitted.encoders)}: {shares}{more} of the tiles")
+    _say(console, f"prototypes: {out}  (wsi prototypes embed {store} --prototypes {out} uses them)")
+    return 0
+
+
+@prototypes.command(context_settings=_HELP)
+@click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--prototypes",
+    "path",
+    type=click.Path(path_type=Path),
+    help="Made by wsi prototypes fit; only mean, mean-variance and quantiles do without.",
+)
+@click.option(
+    "--method", type=click.Choice(_METHODS), default="panther", show_default=True, help="How a slide is described."
+)
+@click.option("--encoder", help="Whose features.  [default: that of the prototypes, or the only one]")
+@click.option("--name", help="Name of the vectors in the store.  [default: that of the method]")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A hyper-parameter of the method, such as em_iter=3, tau=1 or eps=1.",
+)
+@click.option("--replace", is_flag=True, help="Make vectors anew that are there and were made otherwise.")
+def embed(
+    store: Path,
+    path: Path | None,
+    method: str,
+    encoder: str | None,
+    name: str | None,
+    settings: tuple[str, ...],
+    replace: bool,
+) -> int:
+    """Write one vector for each slide into OUT.
+
+    Run it again after an interruption, or when slides have come: what is there is not made again. In Python,
+    mil.prototypes.Embeddings.from_store(OUT, "panther") reads all of them as a matrix.
+
+    Exit code 0: every slide with features has its vector. 3: some could not be embedded; 4: none could.
+
+    \b
+    wsi prototypes embed OUT --prototypes prototypes.zarr
+    wsi prototypes embed OUT --method mean --encoder uni2-h
+    """
+    console = PatientConsole()
+    with console.status("loading …"):
+        from features.store import FeatureStore
+        from mil.prototypes import Prototypes, build_embedder, embed_slides
+
+        embedder = build_embedder(method, **_settings(settings))
+        fitted = None if path is None else Prototypes.load(path)
+        opened = FeatureStore(store)
+    with _Bar(console, "embedding", len(opened), "slides") as bar:
+        report = embed_slides(
+            opened, fitted, embedder, encoder=encoder, name=name, replace=replace, done=lambda *_: bar.step()
+        )
+    for left in report.left_out:
+        _say(console, f"{left.slide}: left out, {left.reason}")
+    for failure in report.failed:
+        _say(console, f"{failure.slide}: FAILED, {failure.code}: {failure.message}")
+    counts = f"{len(report.done)} slides embedded, {len(report.skipped)} there already"
+    counts += f", {len(report.left_out)} left out" if report.left_out else ""
+    counts += f", {len(report.failed)} failed" if report.failed else ""
+    _say(console, f"{report.name}: {counts}")
+    if report.failed:
+        return 3 if report.done or report.skipped else 4
+    return 0
+
+
+def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        key, equals, word = pair.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set {pair}: write KEY=VALUE")
+        try:
+            found[key] = json.loads(word)
+        except ValueError:
+            found[key] = word  # a word needs no quotes
+    return found
+
+
+def _numbers(words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--report {words}: write whole numbers with commas, such as 8,16,32") from error
+
+
+class _Bar:
+    """A bar on a terminal, nothing elsewhere; ``step`` says that one more is done."""
+
+    def __init__(self, console: PatientConsole, what: str, total: int, unit: str) -> None:
+        self._bar: Progress | None = None
+        self.step: Callable[[], None] = lambda: None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+                console=console, transient=True,
+            )  # fmt: skip
+            bar, task = self._bar, self._bar.add_task(what, total=total)
+            self.step = lambda: bar.advance(task)
+
+    def __enter__(self) -> "_Bar":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _say(console: PatientConsole, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

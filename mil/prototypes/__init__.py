@@ -1,0 +1,77 @@
+"""Prototypes: typical tiles of a cohort, and what they make of a slide: one vector, without labels.
+
+>>> from mil.prototypes import Panther, SlideSet, fit_prototypes
+>>> prototypes = fit_prototypes(SlideSet.from_store("OUT", "uni2-h", "train.csv"), k=16)
+>>> prototypes.save("prototypes.zarr")
+>>> Panther().embed(bag, prototypes)["importance"]
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mil.prototypes.choice import KReport, report_k
+    from mil.prototypes.counts import ProtoCounts
+    from mil.prototypes.embedder import Embedder, SlideVectors
+    from mil.prototypes.embedders import EMBEDDERS, build_embedder
+    from mil.prototypes.embeddings import Embeddings, EmbedReport, embed_slides
+    from mil.prototypes.fitting import fit_prototypes
+    from mil.prototypes.h2t import H2T
+    from mil.prototypes.moments import Mean, MeanVariance
+    from mil.prototypes.ot import OptimalTransport
+    from mil.prototypes.panther import Mixture, Panther
+    from mil.prototypes.prototypes import Prototypes
+    from mil.prototypes.quantiles import Quantiles
+    from mil.prototypes.tiles import SlideSet, TilePool, draw_tiles
+
+__all__ = [
+    "EMBEDDERS",
+    "H2T",
+    "EmbedReport",
+    "Embedder",
+    "Embeddings",
+    "KReport",
+    "Mean",
+    "MeanVariance",
+    "Mixture",
+    "OptimalTransport",
+    "Panther",
+    "ProtoCounts",
+    "Prototypes",
+    "Quantiles",
+    "SlideSet",
+    "SlideVectors",
+    "TilePool",
+    "build_embedder",
+    "draw_tiles",
+    "embed_slides",
+    "fit_prototypes",
+    "report_k",
+]
+
+# Loaded when first asked for, so that `import mil.prototypes` does not wait for torch.
+_HOME = {
+    **dict.fromkeys(("KReport", "report_k"), "mil.prototypes.choice"),
+    "ProtoCounts": "mil.prototypes.counts",
+    **dict.fromkeys(("Embedder", "SlideVectors"), "mil.prototypes.embedder"),
+    **dict.fromkeys(("EMBEDDERS", "build_embedder"), "mil.prototypes.embedders"),
+    **dict.fromkeys(("EmbedReport", "Embeddings", "embed_slides"), "mil.prototypes.embeddings"),
+    "fit_prototypes": "mil.prototypes.fitting",
+    "H2T": "mil.prototypes.h2t",
+    **dict.fromkeys(("Mean", "MeanVariance"), "mil.prototypes.moments"),
+    "OptimalTransport": "mil.prototypes.ot",
+    **dict.fromkeys(("Mixture", "Panther"), "mil.prototypes.panther"),
+    "Prototypes": "mil.prototypes.prototypes",
+    "Quantiles": "mil.prototypes.quantiles",
+    **dict.fromkeys(("SlideSet", "TilePool", "draw_tiles"), "mil.prototypes.tiles"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mil.prototypes' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,238 @@
+"""Embeddings: one vector a slide, written into a store and read from it as a matrix."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from features.embedding import SlideEmbedding
+from features.lease import Lease
+from features.store import FeatureStore, SlideStore
+from features.writing import check_embedding, write_embedding
+from mil.cohort import LeftOut
+from mil.prototypes.embedder import Embedder
+from mil.prototypes.embedders import build_embedder
+from mil.prototypes.prototypes import Prototypes
+from mil.prototypes.tiles import rows_of
+from mil.sources import StoreSource, has_features
+from wsi.errors import EncoderChangedError, NotExtractedError, RunMismatchError, StoreError, UsageError
+
+__all__ = ["EmbedReport", "Embeddings", "Failure", "Outcome", "embed_slides", "encoder_of"]
+
+Outcome = Literal["done", "there already", "left out", "failed"]
+
+
+class Failure(NamedTuple):
+    """A slide that could not be embedded: its key, the stable code of the error, and what it said."""
+
+    slide: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What became of a store's slides.
+
+    Attributes:
+        name: of the embedding.
+        done, skipped: keys of slides embedded now, and of those that were already.
+        left_out: slides without tiles of the encoder, and why.
+        failed: slides that should have been embedded.
+    """
+
+    name: str
+    done: tuple[str, ...]
+    skipped: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    failed: tuple[Failure, ...]
+
+
+def embed_slides(
+    store: FeatureStore | str | Path,
+    prototypes: Prototypes | None,
+    method: Embedder | str = "panther",
+    *,
+    encoder: str | None = None,
+    name: str | None = None,
+    replace: bool = False,
+    done: Callable[[str, Outcome], None] | None = None,
+) -> EmbedReport:
+    """Write one vector a slide into a store. What is there, made of the same, is not made again.
+
+    A slide that cannot be read is written down and the next one is taken. Memory does not grow with a slide.
+
+    Args:
+        prototypes: what tiles are measured against; None for methods that need none.
+        method: a name of ``EMBEDDERS``, with its defaults, or a method with its hyper-parameters.
+        encoder: whose features; by default that of the prototypes, or the only one that the store has.
+        name: of the embedding; by default that of the method.
+        replace: make anew what was made otherwise.
+        done: is told each slide, by its key, and what became of it.
+
+    Raises:
+        RunMismatchError: the store's features are not those that the prototypes were fitted on.
+        UsageError: prototypes are missing, or no encoder is named.
+        NotExtractedError: no slide has features of the encoder.
+    """
+    store = store if isinstance(store, FeatureStore) else FeatureStore(store)
+    method = build_embedder(method) if isinstance(method, str) else method
+    if method.needs_prototypes and prototypes is None:
+        raise UsageError(f"{method.name} needs prototypes; make them with fit_prototypes or wsi prototypes fit")
+    if encoder is not None:
+        encoders: tuple[str, ...] = (encoder,)
+    else:
+        encoders = (prototypes.encoders if prototypes is not None else ()) or (encoder_of(store),)
+    source = StoreSource(store, encoders)
+    facts = {"method": method.name, "hyper": method.hyper, "features": dict(source.facts), "prototypes": None}
+    if method.needs_prototypes and prototypes is not None:
+        prototypes.check(source.facts, where=str(store.root))
+        facts["prototypes"] = prototypes.digest
+    facts = json.loads(json.dumps(facts))  # as it will read back
+    name = name or method.name
+    lists: dict[Outcome, list[Any]] = {"done": [], "there already": [], "left out": [], "failed": []}
+    for key in store.keys:
+        try:
+            outcome, entry = _embed_slide(store, source, key, method, prototypes, name, facts, replace)
+        except StoreError as error:
+            outcome, entry = "failed", Failure(key, error.code, str(error))
+        lists[outcome].append(entry)
+        if done is not None:
+            done(key, outcome)
+    return EmbedReport(name, *(tuple(entries) for entries in lists.values()))
+
+
+def encoder_of(store: FeatureStore | str | Path) -> str:
+    """The one encoder whose features a store holds.
+
+    Raises:
+        UsageError: there are several.
+        NotExtractedError: there is none.
+    """
+    store = store if isinstance(store, FeatureStore) else FeatureStore(store)
+    there = sorted({name for slide in store for name in slide.encoders})
+    if not there:
+        raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
+    if len(there) > 1:
+        raise UsageError(f"{store.root}: holds features of {', '.join(there)}; say which with --encoder")
+    return there[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """One vector for each of S slides.
+
+    Attributes:
+        name: of the embedding.
+        slides: (S,) keys in the store, sorted.
+        matrix: (S, E) float32, a row a slide.
+        shapes: shape of each part of a vector, in order.
+        facts: how they were made: method, hyper-parameters, features, digest of the prototypes.
+    """
+
+    name: str
+    slides: tuple[str, ...]
+    matrix: NDArray[np.float32]
+    shapes: dict[str, tuple[int, ...]]
+    facts: dict[str, Any]
+
+    def __len__(self) -> int:
+        """Number of slides."""
+        return len(self.slides)
+
+    @classmethod
+    def from_store(
+        cls, store: FeatureStore | str | Path, name: str = "panther", *, slides: Sequence[str] | None = None
+    ) -> "Embeddings":
+        """The embeddings of this name.
+
+        Args:
+            slides: which, by key, relative path, file name or stem; by default all that have one.
+
+        Raises:
+            NotExtractedError: there are none, or a slide that was named has none.
+            RunMismatchError: they were not all made of the same.
+        """
+        store = store if isinstance(store, FeatureStore) else FeatureStore(store)
+        keys = store.keys if slides is None else tuple(sorted({store.key_of(slide) for slide in slides}))
+        found: dict[str, SlideEmbedding] = {}
+        for key in keys:
+            slide = store.slide(key)
+            if slides is not None or slide.embedding_path(name).exists():
+                found[key] = slide.embedding(name)
+        if not found:
+            there = sorted({each for slide in store for each in slide.embeddings})
+            raise NotExtractedError(
+                f"{store.root}: no slide has an embedding {name!r} (there are: {', '.join(there) or 'none yet'}); make it "
+                f"with wsi prototypes embed"
+            )
+        first = next(iter(found.values()))
+        for key, each in found.items():
+            if each.facts != first.facts:
+                raise RunMismatchError(
+                    f"{store.root}: the embeddings {name!r} of {next(iter(found))} and {key} were made differently; run wsi "
+                    f"prototypes embed with --replace"
+                )
+        matrix = np.stack([each.numpy() for each in found.values()])
+        return cls(name, tuple(found), matrix, first.shapes, first.facts)
+
+    def part(self, name: str) -> NDArray[np.float32]:
+        """(S, …) one part of every slide, such as ``"importance"``.
+
+        Raises:
+            UsageError: the vectors have no such part.
+        """
+        start = 0
+        for part, shape in self.shapes.items():
+            size = int(np.prod(shape))
+            if part == name:
+                return self.matrix[:, start : start + size].reshape(len(self), *shape)
+            start += size
+        raise UsageError(f"{self.name} has no part {name!r}; it has {', '.join(self.shapes)}")
+
+    def __repr__(self) -> str:
+        return f"<Embeddings {self.name}: {len(self)} slides × {self.matrix.shape[1]}>"
+
+
+def _embed_slide(
+    store: FeatureStore,
+    source: StoreSource,
+    key: str,
+    method: Embedder,
+    prototypes: Prototypes | None,
+    name: str,
+    facts: dict[str, Any],
+    replace: bool,
+) -> tuple[Outcome, Any]:
+    slide = store.slide(key)
+    lacking = [encoder for encoder in source.encoders if not has_features(slide, encoder)]
+    if lacking or source.n_good(key) == 0:
+        return "left out", LeftOut(key, f"no features of {lacking[0]}" if lacking else "no tiles")
+    _check_weights(slide, facts["features"])
+    try:
+        if check_embedding(slide, name, facts):
+            return "there already", key
+    except EncoderChangedError:
+        if not replace:
+            raise
+    with Lease(store.root / ".locks", key), torch.inference_mode():
+        rows = rows_of(source, key)
+        centres = method.centres(next(iter(rows)), prototypes)
+        parts = {part: value.numpy() for part, value in method.slide(rows, centres).items()}
+        write_embedding(store, slide, name, facts, parts, replace=replace)
+    return "done", key
+
+
+def _check_weights(slide: SlideStore, features: dict[str, Any]) -> None:
+    for encoder, weights in zip(features["encoder"], features["weights_sha256"], strict=True):
+        found = slide.features(encoder).manifest["encoder"].get("weights_sha256")
+        if found != weights:
+            raise EncoderChangedError(
+                f"{slide.path}: features of {encoder} were made with other weights than those of the other slides; extract "
+                f"the slide again"
+            )

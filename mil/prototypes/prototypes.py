@@ -1,0 +1,183 @@
+"""Prototypes: typical tiles of a cohort, fitted once; a Zarr group on disk. Format: docs/store.md."""
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features.arrays import (
+    array_facts,
+    create_array,
+    file_facts,
+    manifest_of,
+    open_array,
+    read_rows,
+    rows_digest,
+    seal,
+)
+from features.writing import disk_errors
+from wsi._files import fsync_folder, fsync_tree
+from wsi._version import __version__
+from wsi.errors import NotExtractedError, RunMismatchError, StoreCorruptError, StoreFormatError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FORMAT_VERSION", "Prototypes"]
+
+FORMAT_VERSION = 1
+_KIND = "prototypes"
+
+
+@dataclass(frozen=True, eq=False)
+class Prototypes:
+    """K typical tiles, the most common first.
+
+    Attributes:
+        centres: (K, D) float32.
+        shares: (K,) float64, share of the tiles they were fitted on that is nearest to each; sums to one.
+        features: of what tiles they are, as ``BagSource.facts``: encoder, weights, dim, mpp, tile_px; empty for arrays.
+        provenance: how they were fitted, as JSON: seed, method, restarts, tiles, slides, and so on.
+
+    Raises:
+        UsageError: shapes that do not fit, or values that are not finite.
+    """
+
+    centres: NDArray[np.float32]
+    shares: NDArray[np.float64]
+    features: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        centres = np.array(self.centres, np.float32)
+        shares = np.array(self.shares, np.float64)
+        if centres.ndim != 2 or 0 in centres.shape or not np.isfinite(centres).all():
+            raise UsageError(f"prototypes are finite vectors (K, D), not {centres.shape}")
+        if shares.shape != centres.shape[:1] or not abs(shares.sum() - 1) < 1e-6 or shares.min() < 0:
+            raise UsageError(f"{len(centres)} prototypes need as many shares that sum to one, not {shares}")
+        for name, array in (("centres", centres), ("shares", shares)):
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+
+    def __len__(self) -> int:
+        """Number of prototypes."""
+        return len(self.centres)
+
+    @property
+    def k(self) -> int:
+        """Number of prototypes."""
+        return len(self.centres)
+
+    @property
+    def dim(self) -> int:
+        """Length of a tile's vector."""
+        return int(self.centres.shape[1])
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the encoders whose tiles these are; none for arrays."""
+        return tuple(str(name) for name in self.features.get("encoder", ()))
+
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits of the centres' bytes: equal for equal prototypes, whoever fitted them."""
+        return hashlib.sha256(f"{self.dim}:{rows_digest(self.centres)}".encode()).hexdigest()[:32]
+
+    @cached_property
+    def tensor(self) -> "Tensor":
+        """The centres as a (K, D) tensor."""
+        import torch
+
+        return torch.from_numpy(self.centres.copy())
+
+    def check(self, features: Mapping[str, Any], *, where: str) -> None:
+        """Refuse features that differ from those the prototypes were fitted on.
+
+        Raises:
+            RunMismatchError: another encoder, weights, length, or tiling; one line names them.
+        """
+        differ = [key for key, value in self.features.items() if key in features and features[key] != value]
+        if differ:
+            words = "; ".join(f"{key} {features[key]} here, {self.features[key]} there" for key in differ)
+            raise RunMismatchError(
+                f"{where}: other features than the prototypes were fitted on ({words}); fit prototypes on these, or "
+                f"take the encoder that those are of"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write a Zarr group that appears whole or not at all.
+
+        Raises:
+            UsageError: there is something of this name.
+        """
+        path = Path(path)
+        if path.exists():
+            raise UsageError(f"{path}: is there already; give another name, or delete it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{uuid.uuid4().hex}.partial")
+        with disk_errors(path.parent):
+            try:
+                staging.mkdir()
+                arrays = {}
+                for name, rows in (("centres", self.centres), ("shares", self.shares)):
+                    names = ("prototype", "feature")[: rows.ndim]
+                    array = create_array(staging / name, rows.shape, rows.dtype.str, names)
+                    array[:] = rows
+                    arrays[name] = array_facts(array, [rows_digest(rows)])
+                manifest = {
+                    "kind": _KIND,
+                    "version": FORMAT_VERSION,
+                    "digest": self.digest,
+                    "features": dict(self.features),
+                    "provenance": dict(self.provenance),
+                    "arrays": arrays,
+                    "files": file_facts(staging),
+                    "created_by": f"wsi-engine {__version__}",
+                }
+                seal(staging, manifest)
+                fsync_tree(staging)
+                staging.rename(path)
+                fsync_folder(path.parent)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Prototypes":
+        """Read prototypes.
+
+        Raises:
+            NotExtractedError: there are none.
+            StoreFormatError: the folder holds something else.
+            StoreCorruptError: the bytes are not those that were written.
+        """
+        path = Path(path)
+        try:
+            manifest = manifest_of(path)
+        except StoreCorruptError as error:
+            raise StoreCorruptError(
+                f"{path}: not prototypes, or damaged; fit them again with wsi prototypes fit"
+            ) from error
+        if manifest is None:
+            raise NotExtractedError(f"{path}: there are no prototypes; make them with wsi prototypes fit")
+        kind, version = manifest.get("kind"), manifest.get("version")
+        if (kind, version) != (_KIND, FORMAT_VERSION):
+            raise StoreFormatError(
+                f"{path}: holds {kind} of version {version}; this release reads {_KIND} {FORMAT_VERSION}"
+            )
+        read = {}
+        for name, promised in manifest["arrays"].items():
+            array = open_array(path / name)
+            if array_facts(array) != promised:
+                raise StoreCorruptError(f"{path}: {name} are not those that were written; fit the prototypes again")
+            read[name] = read_rows(array, slice(0, array.shape[0]))
+        return cls(read["centres"], read["shares"], manifest["features"], manifest["provenance"])
+
+    def __repr__(self) -> str:
+        return f"<Prototypes {self.k} × {self.dim}, {' and '.join(self.encoders) or 'of arrays'}, {self.digest[:8]}>"
