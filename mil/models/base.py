@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 State = Mapping[str, Tensor | NDArray[Any]]
-AnyModel = TypeVar("AnyModel", bound="MILModel")
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 _CHUNK_TILES = 4096  # tiles whose hidden activations are held at once when no gradient is wanted
 
