@@ -20,8 +20,8 @@ from figures import Figure, parser, report
 
 from mil import Bag, Cohort, TrainConfig
 from mil.config import Precision
-from mil.member import Member, Scaling
-from mil.objective import fit_objective
+from mil.member import Member
+from mil.objective import fit_joint
 from mil.train import Examples, train_member
 
 MODELS = {
@@ -51,11 +51,10 @@ def ours(name: str, bags: list[torch.Tensor], y: np.ndarray, precision: Precisio
     )  # fmt: skip
     cohort = Cohort.from_arrays([Bag(bag) for bag in bags], y)
     cases = cohort.cases("none")
-    objective = fit_objective(cohort.target, config, cases.y, cases.event)
     dim = bags[0].shape[1]
     torch.manual_seed(0)
     facts = {"model": model, "hyper": hyper, "dim": dim, "features": {}}
-    member = Member(facts, objective, Scaling.identity(dim))
+    member = Member(facts, fit_joint(cases.tasks, config), None)
 
     def epoch() -> float:
         everybody, nobody = cases.bags_of(range(len(cases))), cases.bags_of([])

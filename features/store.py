@@ -217,7 +217,11 @@ class SlideStore:
                 continue  # it went away meanwhile
             found = [Problem(self.key, part, what) for what in check_files(folder, manifest["files"], deep=deep)]
             if manifest["grid_fingerprint"] != self.manifest["grid"]["fingerprint"]:
-                found.append(Problem(self.key, part, f"{'features belong' if kind == 'encoders' else 'it belongs'} to another grid"))
+                found.append(
+                    Problem(
+                        self.key, part, f"{'features belong' if kind == 'encoders' else 'it belongs'} to another grid"
+                    )
+                )
             if deep and not found:
                 found = self._compare(folder, manifest, part)
                 if kind == "encoders":

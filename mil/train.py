@@ -128,7 +128,7 @@ def train_fold(
     joint = fit_joint([task.take(train) for task in cases.tasks], config)
     dim = cohort.source.dim
     all_bags = cases.bags_of(train)
-    scaling = fit_scaling(examples, all_bags) if config.scale == "standard" else Scaling.identity(dim)
+    scaling = fit_scaling(examples, all_bags) if config.scale == "standard" else None
     strata = cohort.target.strata(cases.y, cases.event)
     seeds = np.random.SeedSequence([config.seed, number]).generate_state(config.members + 1)
     cuts: list[tuple[list[int], list[int]]] = [(train, [])] * config.members

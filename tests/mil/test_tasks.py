@@ -113,7 +113,7 @@ def test_a_models_own_loss_belongs_to_the_first_task_of_classes_and_to_the_bags_
     torch.manual_seed(0)
     hyper: Any = {"subtyping": True, "dropout": 0.0} if model == "clam-mb" else {}
     joint = replace(JOINT, weights={"months": 0.0, "subtype": 1.0, "grade": 0.0})
-    member = Member({"model": model, "hyper": hyper, "dim": DIM}, joint, Scaling.identity(DIM))
+    member = Member({"model": model, "hyper": hyper, "dim": DIM}, joint, None)
     rng = np.random.default_rng(0)
     bags = [Bag(bag_of(i % 2, rng)) for i in range(3)]
     y = torch.tensor([[3.0, 1, 2], [NAN, 0, 1], [4.0, NAN, 0]], dtype=torch.float64)
