@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import shapely
 import zarr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from segmentation.components import find_components
@@ -48,6 +48,7 @@ def test_without_tolerance_pieces_are_exactly_the_pixels(seed: int) -> None:
         assert shapely.union_all(mine).symmetric_difference(shapely.union_all(expected)).area == 0
 
 
+@example(seed=341, tolerance_um=3.0, scale=4)  # a border that, simplified, swallows a piece beside it
 @given(
     seed=st.integers(0, 1 << 32), tolerance_um=st.sampled_from([0.3, 0.9, 2.0, 8.0]), scale=st.sampled_from([1, 4, 7.3])
 )
@@ -115,17 +116,6 @@ def test_a_piece_in_a_hole_of_another_fills_it_to_the_last_point() -> None:
     assert len(inner.geometry.exterior.coords) < 20
 
 
-def test_a_small_piece_that_a_neighbours_simplified_border_would_swallow_stays_outside() -> None:
-    labels = np.zeros((30, 30), np.uint8)
-    for x in range(30):
-        labels[10 + abs(x - 15) // 3 :, x] = 1
-    labels[12, 1:3] = 0
-    labels[10, 1:3] = 2
-    found = _polygons(labels, tolerance_um=6)
-    assert shapely.coverage_is_valid([each.geometry for each in found])
-    assert {each.class_name for each in found} == {"Tumor", "Stroma"}
-
-
 def test_small_pieces_are_left_out_and_small_holes_filled_in_square_microns() -> None:
     labels = np.zeros((40, 40), np.uint8)
     labels[2:30, 2:30] = 1
@@ -155,7 +145,7 @@ def test_a_gap_between_classes_goes_to_the_one_with_the_longer_border() -> None:
 def test_background_open_to_the_edge_is_no_hole() -> None:
     labels = np.ones((5, 5), np.uint8)
     labels[0, 2] = 0
-    assert _polygons(labels, min_hole_um2=10)[0].geometry.area == 24
+    assert _polygons(labels, min_hole_um2=1000)[0].geometry.area == 24
 
 
 def test_measurements_are_in_microns_where_pixels_are_not_square() -> None:
