@@ -19,6 +19,7 @@ from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.member import Member, Scaling
 from mil.models import MILOutput
+from mil.models.base import in_chunks
 from mil.objective import fit_joint
 from mil.predictions import Predictions
 from mil.splits import Fold, validation_parts
@@ -315,7 +316,10 @@ def _drawn(bag: Bag, config: TrainConfig, rng: np.random.Generator) -> Bag:
 
 def _dropped(batch: Batch, share: float) -> Batch:
     """A batch with a share of its values set to 0, their mean, and the others made larger to make up for them."""
-    return Batch(F.dropout(batch.features, share), batch.mask, batch.xy) if share else batch
+    if not share:
+        return batch
+    features = in_chunks(lambda x: F.dropout(x, share), batch.features, mask=batch.mask)
+    return Batch(features, batch.mask, batch.xy)
 
 
 @torch.no_grad()

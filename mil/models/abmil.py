@@ -104,8 +104,10 @@ class ABMIL(MILModel):
 
     def forward(self, batch: Batch) -> MILOutput:
         """Equations 7 to 9."""
-        h = in_chunks(self.embed, batch.features) if len(self.embed) else batch.features  # (B, N, E)
-        scores, attention = masked_softmax(in_chunks(self.attention, h).transpose(1, 2), batch.mask)  # (B, 1, N)
+        h = in_chunks(self.embed, batch.features, mask=batch.mask) if len(self.embed) else batch.features  # (B, N, E)
+        scores, attention = masked_softmax(
+            in_chunks(self.attention, h, mask=batch.mask).transpose(1, 2), batch.mask
+        )  # (B, 1, N)
         embedding = pool(attention, h).squeeze(1)  # (B, E)
         logits = self.classifier(embedding)  # (B, C)
         return MILOutput(logits, attention, scores, embedding, no_parts(logits))

@@ -185,13 +185,19 @@ def load_published(
     return model.eval()
 
 
-def in_chunks(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def in_chunks(function: Callable[..., Tensor], *inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """``function`` of inputs (B, N, …) in float32, where it takes each tile by itself.
 
     Without gradients it is applied to a few thousand tiles at a time, so that neither a float32 copy of a bag in half
-    precision nor wide hidden activations are ever held for all tiles.
+    precision nor wide hidden activations are ever held for all tiles. With gradients it is applied to real tiles only if
+    ``mask`` (B, N) says which they are, as bags of a batch differ in length and much of it may be padding; there it is 0.
     """
     n_tiles = inputs[0].shape[1]
+    if mask is not None and torch.is_grad_enabled() and not bool(mask.all()):
+        of_real = function(*(x[mask].float() for x in inputs))  # (tiles, …)
+        return of_real.new_zeros((*mask.shape, *of_real.shape[1:])).masked_scatter(
+            mask.view(*mask.shape, *[1] * (of_real.ndim - 1)), of_real
+        )
     if torch.is_grad_enabled() or n_tiles <= _CHUNK_TILES:
         return function(*(x.float() for x in inputs))
     result = None

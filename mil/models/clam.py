@@ -80,8 +80,10 @@ class _CLAM(MILModel):
 
     def _attend(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Slide vectors (B, K, E), scores and attention (B, K, N)."""
-        h = in_chunks(self.embed, batch.features)  # (B, N, E)
-        scores, attention = masked_softmax(in_chunks(self.attention, h).transpose(1, 2), batch.mask)  # (B, K, N)
+        h = in_chunks(self.embed, batch.features, mask=batch.mask)  # (B, N, E)
+        scores, attention = masked_softmax(
+            in_chunks(self.attention, h, mask=batch.mask).transpose(1, 2), batch.mask
+        )  # (B, K, N)
         return pool(attention, h), scores, attention
 
     def auxiliary_loss(self, batch: Batch, output: MILOutput, targets: Tensor) -> Tensor:

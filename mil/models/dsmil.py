@@ -74,13 +74,13 @@ class DSMIL(MILModel):
 
     def forward(self, batch: Batch) -> MILOutput:
         """Critical tiles by equation 2, attention by 3 and 4, slide vectors by 5, logits by 6."""
-        h = in_chunks(self.embed, batch.features) if len(self.embed) else batch.features  # (B, N, E)
-        tile_logits = in_chunks(self.tile_classifier, h)  # (B, N, C)
+        h = in_chunks(self.embed, batch.features, mask=batch.mask) if len(self.embed) else batch.features  # (B, N, E)
+        tile_logits = in_chunks(self.tile_classifier, h, mask=batch.mask)  # (B, N, C)
         critical = tile_logits.masked_fill(~batch.mask[..., None], -torch.inf).argmax(1)  # (B, C)
-        q = in_chunks(self.query, h)  # (B, N, Q)
+        q = in_chunks(self.query, h, mask=batch.mask)  # (B, N, Q)
         q_critical = q.gather(1, critical[..., None].expand(-1, -1, q.shape[-1]))  # (B, C, Q)
         scores, attention = masked_softmax(q_critical @ q.mT / math.sqrt(q.shape[-1]), batch.mask)  # (B, C, N)
-        v = in_chunks(self.value, h) if len(self.value) else h  # (B, N, E)
+        v = in_chunks(self.value, h, mask=batch.mask) if len(self.value) else h  # (B, N, E)
         embedding = self.norm(pool(attention, v))  # (B, C, E)
         logits = self.classifier(embedding).squeeze(-1)  # (B, C)
         if self.mean_logits:

@@ -56,7 +56,7 @@ class MeanMIL(_PoolingMIL):
 
     def forward(self, batch: Batch) -> MILOutput:
         """One linear classifier on the mean of the embedded tiles."""
-        return _mean_pooled(in_chunks(self.embed, batch.features), batch.mask, self.classifier)
+        return _mean_pooled(in_chunks(self.embed, batch.features, mask=batch.mask), batch.mask, self.classifier)
 
 
 class MaxMIL(_PoolingMIL):
@@ -68,7 +68,7 @@ class MaxMIL(_PoolingMIL):
 
     def forward(self, batch: Batch) -> MILOutput:
         """One linear classifier on the maximum of the embedded tiles."""
-        h = in_chunks(self.embed, batch.features)  # (B, N, E)
+        h = in_chunks(self.embed, batch.features, mask=batch.mask)  # (B, N, E)
         embedding, winner = h.masked_fill(~batch.mask[..., None], -torch.inf).max(1)  # (B, E), (B, E)
         wins = torch.zeros_like(batch.mask, dtype=torch.float32).scatter_add(1, winner, torch.ones_like(embedding))
         scores, attention = masked_softmax((wins / h.shape[-1]).log()[:, None], batch.mask)  # (B, 1, N)
