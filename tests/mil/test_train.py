@@ -103,7 +103,7 @@ def test_a_summary_says_whether_and_on_whom_answers_were_calibrated(changed: Any
     result = cross_validate(cohort(24), replace(QUICK, epochs=3, **changed))
     head, titles, *figures, about = result.summary(draws=5).splitlines()
     assert re.search(words, about)
-    assert all(re.search(r"\d\.\d{3} \[-?\d\.\d{3}, \d\.\d{3}\]$", line) for line in figures), head + titles
+    assert all(re.search(r"\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]$", line) for line in figures), head + titles
     temperatures = [member.temperature for each in result.folds for member in each.members]
     assert (set(temperatures) == {1.0}) == ("not calibrated" in words)
 
