@@ -17,7 +17,7 @@ from features.keys import slide_key
 from features.store import FeatureStore
 from mil import Cohort, Labels, Predictor, Result, TrainConfig, cross_validate
 from mil.bag import Bag, collate
-from mil.member import Member, Scaling
+from mil.member import Member
 from mil.objective import Joint, Objective, fit_joint
 from mil.predict import read_patients
 from mil.splits import make_folds
