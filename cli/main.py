@@ -11,6 +11,7 @@ from cli.prototypes import prototypes
 from cli.remove import gc, remove
 from cli.run import EXIT_CODES, run
 from cli.train import train
+from cli.tune import tune
 from cli.verify import verify
 from wsi._version import __version__
 
@@ -23,7 +24,7 @@ def wsi() -> None:
     """Whole-slide pathology: slides into feature stores, and what stands on them."""
 
 
-for verb in (extract, train, predict, prototypes, encoders, info, phantom, verify, remove, gc):
+for verb in (extract, train, tune, predict, prototypes, encoders, info, phantom, verify, remove, gc):
     wsi.add_command(verb)
 
 

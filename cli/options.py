@@ -10,7 +10,7 @@ from wsi.grid import Tiling
 from wsi.readers import READER_NAMES
 from wsi.resolution import parse_mpp
 
-__all__ = ["encoder_options", "machine_options", "slide_options", "tiling_of", "tiling_options"]
+__all__ = ["encoder_options", "machine_options", "slide_options", "stack", "tiling_of", "tiling_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,7 +29,9 @@ class MppType(click.ParamType[tuple[float, float]]):
             self.fail(str(error), param, ctx)
 
 
-def _stack(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+def stack(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in this order."""
+
     def add(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -40,7 +42,7 @@ def _stack(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 _DEFAULT = Tiling()
 
-tiling_options = _stack(
+tiling_options = stack(
     click.option(
         "--mpp",
         type=click.FloatRange(min=0, min_open=True),
@@ -77,7 +79,7 @@ tiling_options = _stack(
     ),
 )  # fmt: skip
 
-slide_options = _stack(
+slide_options = stack(
     click.option(
         "--slides", "table", type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="CSV that says which slides of the folder to take: column slide, optionally mpp, others are kept.",
@@ -100,7 +102,7 @@ slide_options = _stack(
     ),
 )  # fmt: skip
 
-encoder_options = _stack(
+encoder_options = stack(
     click.option(
         "--encoder",
         help="Name of a published encoder (see: wsi encoders), timm:MODEL, colour-stats, or FILE.py:FUNCTION of your own. "
@@ -119,7 +121,7 @@ encoder_options = _stack(
     click.option("--offline", is_flag=True, help="Never ask the hub; what is missing is named. As HF_HUB_OFFLINE=1."),
 )  # fmt: skip
 
-machine_options = _stack(
+machine_options = stack(
     click.option(
         "--device", default="auto", show_default=True,
         help="auto, cpu, mps, cuda for all GPUs (each takes the next slide from one queue), cuda:1, or cuda:0,cuda:2.",

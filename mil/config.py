@@ -47,7 +47,8 @@ class TrainConfig:
         feature_dropout: share of a batch's feature values set to their mean.
         average: decay of the moving average of the weights, which is what is validated and kept; 0 keeps the last step's.
         scale: ``"standard"`` brings each feature to mean 0 and deviation 1 over the training tiles, ``"none"`` leaves it.
-        calibrate: whether a temperature is fitted on the validation part (classes only; needs ``inner`` above 1).
+        calibrate: whether a temperature is fitted on the part that decides when a model stops (classes only). ``"auto"`` does
+            where there is one; True with ``inner`` 1, where nobody could be calibrated on, is refused.
         bins: intervals of discrete-time survival.
         draws: of patients, for the intervals of the metrics.
         device, precision: where and how it is computed; ``"auto"`` is half precision on a GPU, float32 elsewhere.
@@ -76,7 +77,7 @@ class TrainConfig:
     feature_dropout: float = 0.3
     average: float = 0.98
     scale: Literal["standard", "none"] = "standard"
-    calibrate: bool = True
+    calibrate: Literal["auto"] | bool = "auto"
     bins: int = 4
     draws: int = 500
     device: str = "auto"
@@ -113,12 +114,24 @@ class TrainConfig:
                 raise UsageError(f"the weight of a task is a number above 0, not {weight!r} for {name!r}")
         if self.inner > 1 and self.members > self.inner:
             raise UsageError(f"{self.members} members need as many parts to stop by; inner is {self.inner}")
+        if self.calibrate != "auto" and not isinstance(self.calibrate, bool):
+            raise UsageError(f"calibrate is auto, true or false, not {self.calibrate!r}")
+        if self.calibrate is True and self.inner == 1:
+            raise UsageError(
+                "calibrate needs patients that a model was not trained on, and with inner 1 there are none; "
+                f"set inner to {max(5, self.members)}, or calibrate to auto"
+            )
         if self.loss == "cox" and self.batch_size < 2:
             raise UsageError("the cox loss compares the bags of a batch; batch_size must be at least 2")
         try:
             json.dumps(self.hyper, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UsageError(f"hyper holds what JSON cannot: {error}") from error
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether temperatures are fitted."""
+        return self.calibrate is not False and self.inner > 1
 
     def to_json(self) -> str:
         """All settings as JSON."""

@@ -25,6 +25,7 @@ __all__ = [
     "expected_calibration_error",
     "intervals",
     "measure",
+    "primary",
     "time_dependent_auc",
 ]
 
@@ -81,6 +82,12 @@ def measure(predictions: Predictions) -> dict[str, float]:
     """
     known = predictions.known
     return {name: float(function(known)) if len(known) else math.nan for name, function in _of_kind(known).items()}
+
+
+def primary(predictions: Predictions) -> float:
+    """The one number that the kind of target is judged by, alone; NaN where the rows do not allow it."""
+    known = predictions.known
+    return float(_of_kind(known)[PRIMARY[known.target.kind]](known)) if len(known) else math.nan
 
 
 def intervals(
@@ -227,7 +234,7 @@ def _auroc(p: Predictions) -> float:
 
     if not _all_classes(p):
         return math.nan
-    if p.target.kind == "binary":
+    if len(p.target.classes) == 2:
         return float(roc_auc_score(p.y.astype(int), p.score))
     normal = p.answers / p.answers.sum(axis=1, keepdims=True)  # an average of several models is off one by a rounding
     return float(roc_auc_score(p.y.astype(int), normal, multi_class="ovr", labels=range(len(p.target.classes))))
@@ -238,7 +245,7 @@ def _auprc(p: Predictions) -> float:
 
     if not _all_classes(p):
         return math.nan
-    if p.target.kind == "binary":
+    if len(p.target.classes) == 2:
         return float(average_precision_score(p.y.astype(int), p.score))
     one_hot = np.eye(len(p.target.classes))[p.y.astype(int)]
     return float(average_precision_score(one_hot, p.answers))
@@ -278,7 +285,7 @@ def _kappa(p: Predictions) -> float:
 def _brier(p: Predictions) -> float:
     from sklearn.metrics import brier_score_loss
 
-    if p.target.kind == "binary":
+    if len(p.target.classes) == 2:
         return float(brier_score_loss(p.y.astype(int), p.score, pos_label=1, labels=[0, 1]))
     labels = range(len(p.target.classes))
     normal = p.answers / p.answers.sum(axis=1, keepdims=True)

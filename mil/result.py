@@ -107,10 +107,27 @@ class Result:
             values = values[~np.isnan(values)]
             spread = f"{values.mean():.3f} ± {values.std():.3f}" if len(values) else "not defined"
             lines.append(f"{name:18}{spread:>20}   {pooled[name]}")
+        if self.target.is_classes:
+            lines.append(self._calibration())
         if self.target.horizons:
             times = ", ".join(f"{time:.4g}" for time in self.target.quartiles)
             lines.append(f"auc_q1 to auc_q3 are at {self.target.name} {times}, the quartiles of the event times")
         return "\n".join(lines)
+
+    def _calibration(self) -> str:
+        """Whether the probabilities were corrected, and on whom."""
+        temperatures = [member.temperature for each in self.folds for member in each.members]
+        if any(value != 1.0 for value in temperatures):
+            low, high = min(temperatures), max(temperatures)
+            words = f"temperature {low:.2f} to {high:.2f}, each fitted on the part that its model was stopped by"
+            return f"probabilities are calibrated ({words})"
+        if not all(member.objective.is_classes for each in self.folds for member in each.members):
+            why = "a temperature is for classes learned by cross-entropy or focal loss"
+        elif self.config.inner == 1:
+            why = "no part was kept from training to do it on: inner is 1"
+        else:
+            why = "calibrate is false"
+        return f"probabilities are not calibrated ({why})"
 
     def fold_of(self, case: str) -> TrainedFold:
         """The fold that tested this case."""

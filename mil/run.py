@@ -24,7 +24,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +36,7 @@ from features.keys import safe_name
 from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.member import Member
-from mil.metrics import PRIMARY, measure
+from mil.metrics import PRIMARY, measure, primary
 from mil.models import build_model
 from mil.predictions import Predictions, file_name
 from mil.result import Result
@@ -47,7 +47,7 @@ from wsi._files import fsync_folder, fsync_tree, write_atomically
 from wsi._version import __version__
 from wsi.errors import NotExtractedError, RunMismatchError, StoreFormatError
 
-__all__ = ["FORMAT_VERSION", "RunFolder", "cross_validate"]
+__all__ = ["FORMAT_VERSION", "RunFolder", "cross_validate", "run_folds", "write_table"]
 
 FORMAT_VERSION = 2  # 2: several targets
 _PACKAGES = ("torch", "numpy", "scikit-learn", "lifelines", "scipy", "zarr")
@@ -74,13 +74,31 @@ def cross_validate(
     build_model(config.model, cohort.source.dim, 2, **config.hyper)  # a wrong name is said before any bag is read
     cases = cohort.cases(config.fusion)
     folds = make_folds(cases, cohort.target, by=config.split_by, folds=config.folds, seed=config.seed)
+
+    def train(fold: Fold, number: int) -> TrainedFold:
+        return train_fold(cohort, cases, fold, number, config, observer)
+
+    return run_folds(cohort, cases, folds, config, train, out=out, observer=observer)
+
+
+def run_folds(
+    cohort: Cohort,
+    cases: Cases,
+    folds: Sequence[Fold],
+    config: TrainConfig,
+    train: Callable[[Fold, int], TrainedFold],
+    *,
+    out: str | Path | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Each fold in turn by ``train(fold, number)``, but those that are finished in ``out``; as ``cross_validate``."""
     run = None if out is None else RunFolder.create(Path(out), cohort, cases, folds, config)
     trained = []
     for number, fold in enumerate(folds):
         if observer is not None:
             observer.fold_started(fold, number, len(folds))
         done = None if run is None else run.read_fold(fold)
-        result = done or train_fold(cohort, cases, fold, number, config, observer)
+        result = done or train(fold, number)
         if run is not None and done is None:
             run.write_fold(result)
         trained.append(result)
@@ -145,8 +163,8 @@ class RunFolder:
                     )
         else:
             root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "cohort.csv", _cohort_table(cases).encode())
-            write_atomically(root / "left_out.csv", _table(("slide", "reason"), cohort.left_out).encode())
+            _write_cases(root / "cohort.csv", cases)
+            write_table(root / "left_out.csv", ("slide", "reason"), cohort.left_out)
             names = {
                 fold.name: {part: [cases.names[i] for i in getattr(fold, part)] for part in ("train", "test")}
                 for fold in folds
@@ -172,7 +190,7 @@ class RunFolder:
                 member.save(staging / f"member-{i}.safetensors")
             for predictions in trained.tasks:
                 predictions.write(staging / file_name(predictions.target, len(trained.tasks)))
-            write_atomically(staging / "curve.csv", _table(Epoch._fields, trained.curve).encode())
+            write_table(staging / "curve.csv", Epoch._fields, trained.curve)
             about = {
                 "fold": trained.fold.name,
                 "members": len(trained.members),
@@ -236,10 +254,7 @@ def _headline(trained: TrainedFold) -> dict[str, float]:
     """What an observer is told of a fold: all metrics, or of several targets the first of each."""
     if len(trained.tasks) == 1:
         return measure(trained.predictions)
-    return {
-        f"{each.target.name} {PRIMARY[each.target.kind]}": measure(each)[PRIMARY[each.target.kind]]
-        for each in trained.tasks
-    }
+    return {f"{each.target.name} {PRIMARY[each.target.kind]}": primary(each) for each in trained.tasks}
 
 
 def _changes(there: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -271,15 +286,16 @@ def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
     return {name: value if value == value else None for name, value in metrics.items()}  # noqa: PLR0124
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A CSV, whole or not there."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(head)
     writer.writerows(rows)
-    return buffer.getvalue()
+    write_atomically(path, buffer.getvalue().encode())
 
 
-def _cohort_table(cases: Cases) -> str:
+def _write_cases(path: Path, cases: Cases) -> None:
     slides: list[list[str]] = [[] for _ in cases.names]
     for owner, bag in zip(cases.owner, cases.bags, strict=True):
         slides[owner].extend(bag)
@@ -296,7 +312,7 @@ def _cohort_table(cases: Cases) -> str:
         )
         for i, name in enumerate(cases.names)
     ]
-    return _table(head, rows)
+    write_table(path, head, rows)
 
 
 def _columns(targets: Sequence[Target]) -> list[tuple[str, str]]:
@@ -305,7 +321,7 @@ def _columns(targets: Sequence[Target]) -> list[tuple[str, str]]:
 
 
 def _cases(rows: list[dict[str, str]], targets: Sequence[Target]) -> Cases:
-    """Cases as ``_cohort_table`` wrote them; each slide is a bag of its own, for whoever only wants to know whose it is."""
+    """Cases as ``_write_cases`` wrote them; each slide is a bag of its own, for whoever only wants to know whose it is."""
     import numpy as np
 
     slides = [json.loads(row["slides"]) for row in rows]

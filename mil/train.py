@@ -27,9 +27,11 @@ from mil.target import Task
 from wsi.errors import DeviceError, UsageError
 
 __all__ = [
+    "DivergedError",
     "Epoch",
     "Examples",
     "Observer",
+    "Observers",
     "TrainedFold",
     "answer_cases",
     "fit_scaling",
@@ -37,6 +39,10 @@ __all__ = [
     "train_fold",
     "train_member",
 ]
+
+
+class DivergedError(UsageError):
+    """The loss is no longer a number: the settings do not train."""
 
 
 class Epoch(NamedTuple):
@@ -58,6 +64,25 @@ class Observer(Protocol):
     def epoch_done(self, fold: Fold, epoch: Epoch) -> None: ...
 
     def fold_finished(self, fold: Fold, metrics: dict[str, float], *, resumed: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class Observers:
+    """Several observers as one, told in this order."""
+
+    each: Sequence[Observer]
+
+    def fold_started(self, fold: Fold, number: int, total: int) -> None:
+        for one in self.each:
+            one.fold_started(fold, number, total)
+
+    def epoch_done(self, fold: Fold, epoch: Epoch) -> None:
+        for one in self.each:
+            one.epoch_done(fold, epoch)
+
+    def fold_finished(self, fold: Fold, metrics: dict[str, float], *, resumed: bool) -> None:
+        for one in self.each:
+            one.fold_finished(fold, metrics, resumed=resumed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +172,7 @@ def train_fold(
                 curve.append(epoch._replace(member=index))
                 if observer is not None:
                     observer.epoch_done(fold, curve[-1])
-        if config.calibrate and len(stop):
+        if config.calibrates and len(stop):
             _calibrate(member, examples, stop)
         members.append(member.cpu())
     tasks = []
@@ -193,7 +218,7 @@ def train_member(
                 output = member.model(dropped)
                 loss = _with_auxiliary(member, dropped, output, y, event)
             if not torch.isfinite(loss):
-                raise UsageError(
+                raise DivergedError(
                     f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({lr:g})"
                 )
             in_step = min(config.accumulate, passes - i // config.accumulate * config.accumulate)

@@ -101,6 +101,51 @@ def test_several_targets_are_one_run_with_answers_for_each(command: Any, tmp_pat
     assert len(list((tmp_path / "p" / "heatmaps" / "months").glob("*.geojson"))) == 24
 
 
+def test_curves_for_tensorboard_are_written_beside_the_run(command: Any, tmp_path: Path, store: Any) -> None:
+    words = ["--labels", store[1], "--target", "subtype", "--out", tmp_path / "run", "--tensorboard", *FAST]
+    assert command("wsi", "train", store[0], *words)[::2] == (0, "")
+    folders = {path.parent.name for path in (tmp_path / "run" / "tensorboard").rglob("events.*")}
+    assert folders == {"fold-0", "fold-1", "fold-2", "member-0"}
+
+
+def test_settings_are_searched_and_go_into_train(command: Any, tmp_path: Path, store: Any) -> None:
+    (tmp_path / "space.json").write_text('{"lr": {"low": 1e-3, "high": 1e-2, "log": true}, "epochs": [1, 2]}')
+    words = ["--labels", store[1], "--target", "subtype"]
+    tuned = [
+        *words,
+        *FAST[2:],
+        "--folds",
+        2,
+        "--trials",
+        2,
+        "--space",
+        tmp_path / "space.json",
+        "--out",
+        tmp_path / "tuned",
+    ]
+    code, out, err = command("wsi", "tune", store[0], *tuned)
+    assert (code, err) == (0, "")
+    assert "0: trial 1/2: " in out
+    assert "everybody: trial 2/2: " in out
+    assert "tested on patients that neither search nor models saw" in out
+    assert "pooled [95% over patients]" in out
+    found = json.loads((tmp_path / "tuned" / "config.json").read_bytes())
+    assert 1e-3 <= found["lr"] <= 1e-2
+    code, out, _ = command("wsi", "tune", store[0], *tuned)
+    assert code == 0
+    assert ": trial " not in out  # all were there
+    code, out, err = command(
+        "wsi", "train", store[0], *words, "--config", tmp_path / "tuned" / "config.json", "--out", tmp_path / "run"
+    )
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "run" / "run.json").read_bytes())["config"] == found
+    code, out, err = command("wsi", "tune", store[0], *tuned[:-1], tmp_path / "only", "--search-only")
+    assert (code, err) == (0, "")
+    assert "test them on other patients" in out
+    assert json.loads((tmp_path / "only" / "config.json").read_bytes()) == found
+    assert not (tmp_path / "only" / "nested").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

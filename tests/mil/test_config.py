@@ -18,6 +18,8 @@ from wsi.errors import UsageError
         lr=st.floats(1e-6, 1.0),
         tile_dropout=st.floats(0, 0.99),
         loss=st.sampled_from(["auto", "focal"]),
+        calibrate=st.sampled_from(["auto", False]),
+        task_weights=st.dictionaries(st.text(), st.floats(0.1, 9), max_size=2),
         hyper=st.dictionaries(st.text(min_size=1), st.integers() | st.text() | st.booleans(), max_size=3),
         seed=st.integers(0, 2**40),
     )
@@ -39,6 +41,8 @@ def test_settings_go_to_json_and_back(config: TrainConfig) -> None:
         ({"tile_dropout": 1.0}, "tile_dropout is a number from 0 to below 1"),
         ({"loss": "hinge"}, "loss is one of auto, cross_entropy"),
         ({"members": 6, "inner": 5}, "6 members need as many parts"),
+        ({"calibrate": True}, "with inner 1 there are none; set inner to 5, or calibrate to auto"),
+        ({"calibrate": 1, "inner": 5}, "calibrate is auto, true or false, not 1"),
         ({"loss": "cox", "batch_size": 1}, "batch_size must be at least 2"),
         ([], "a JSON object is needed"),
     ],

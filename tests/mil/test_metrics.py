@@ -1,5 +1,6 @@
 """Metrics: the numbers of scikit-learn and scikit-survival, intervals over patients, and fair comparisons."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,108 @@ def test_survival_answers_are_judged_at_the_same_times_in_every_fold_each_with_i
     assert set(measure(predictions(time, risk, Target("months", "survival"), event=event))) == {"c_index"}
 
 
+def test_two_classes_are_judged_alike_whatever_they_are_called() -> None:
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 2, 30), rng.uniform(size=30)
+    answers = np.stack([1 - p, p], axis=1)
+    kinds: Any = ("binary", "multiclass", "ordinal")
+    binary, several, grades = (measure(predictions(y, answers, Target("t", kind, ("a", "b")))) for kind in kinds)
+    assert binary == pytest.approx(several)
+    assert binary == pytest.approx(grades)  # of two grades the quadratic kappa is the plain one
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+def test_metrics_of_random_answers_are_those_of_scikit_learn(n_classes: int) -> None:
+    from sklearn import metrics as judge
+
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        y = np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, 40)])
+        p = rng.dirichlet(np.ones(n_classes), len(y))
+        guess, one_hot = p.argmax(axis=1), np.eye(n_classes)[y]
+        names = tuple("abcde"[:n_classes])
+        found = measure(predictions(y, p, Target("t", "binary" if n_classes == 2 else "multiclass", names)))
+        each_against_rest = [judge.roc_auc_score(y == i, p[:, i]) for i in range(n_classes)]
+        precision = [judge.average_precision_score(y == i, p[:, i]) for i in range(n_classes)]
+        expected = {
+            "auroc": each_against_rest[1] if n_classes == 2 else np.mean(each_against_rest),
+            "auprc": precision[1] if n_classes == 2 else np.mean(precision),
+            "accuracy": (guess == y).mean(),
+            "balanced_accuracy": judge.balanced_accuracy_score(y, guess),
+            "f1": judge.f1_score(y, guess, average="macro"),
+            "kappa": judge.cohen_kappa_score(y, guess),
+            "brier": ((p - one_hot) ** 2).sum(axis=1).mean() / 2,
+        }
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+        grades = measure(predictions(y, p, Target("t", "ordinal", names)))
+        assert grades["kappa"] == pytest.approx(judge.cohen_kappa_score(y, guess, weights="quadratic"))
+
+
+def test_metrics_of_random_values_and_risks_are_those_of_scikit_learn_scipy_and_lifelines() -> None:
+    from lifelines.utils import concordance_index
+    from scipy.stats import pearsonr
+    from sklearn import metrics as judge
+
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        y, said = rng.normal(size=30), rng.normal(size=30)
+        found = measure(predictions(y, said[:, None], Target("t", "regression")))
+        expected = {
+            "r2": judge.r2_score(y, said),
+            "mae": np.abs(y - said).mean(),
+            "pearson": pearsonr(y, said).statistic,
+        }
+        assert found == pytest.approx(expected)
+        time, event = rng.integers(1, 9, 30).astype(float), rng.random(30) < 0.7
+        curve = np.sort(rng.uniform(size=(30, 4)), axis=1)[:, ::-1]  # who lives longer has the larger sum
+        survived = measure(predictions(time, curve, Target("t", "survival"), event=event))
+        assert survived["c_index"] == pytest.approx(concordance_index(time, curve.sum(axis=1), event))
+
+
+def delong(y: Any, one: Any, other: Any) -> tuple[float, float]:
+    """Difference of two AUCs on the same cases and its deviation: DeLong, DeLong, Clarke-Pearson, Biometrics 1988."""
+    wins = [((s[y == 1][:, None] > s[y == 0]) + 0.5 * (s[y == 1][:, None] == s[y == 0])) for s in (one, other)]
+    gap = wins[0].astype(float) - wins[1].astype(float)  # (cases, controls)
+    cases, controls = gap.mean(axis=1), gap.mean(axis=0)
+    return float(gap.mean()), float(np.sqrt(cases.var(ddof=1) / len(cases) + controls.var(ddof=1) / len(controls)))
+
+
+def test_the_paired_bootstrap_comes_to_what_delong_comes_to() -> None:
+    from scipy.stats import norm
+
+    for seed, skill in ((0, 0.0), (1, 0.3)):
+        rng = np.random.default_rng(seed)
+        y = rng.integers(0, 2, 250)
+        common = 0.8 * y + rng.normal(size=250)
+        one, other = common + skill * y + 0.5 * rng.normal(size=250), common + 0.5 * rng.normal(size=250)
+        found = compare(*(predictions(y, 1 / (1 + np.exp(-each))) for each in (one, other)), draws=800)
+        value, deviation = delong(y, one, other)
+        assert found.value == pytest.approx(value)
+        assert (found.high - found.low) / (2 * 1.96 * deviation) == pytest.approx(1, abs=0.1)
+        assert found.p == pytest.approx(2 * norm.sf(abs(value) / deviation), abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "ordinal", "regression", "survival"])
+def test_every_figure_has_an_interval_that_holds_it_and_grows_with_the_level(kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    classes = {"binary": ("a", "b"), "multiclass": ("a", "b", "c"), "ordinal": ("a", "b", "c")}.get(kind, ())
+    n = 60
+    if classes:
+        y: Any = rng.integers(0, len(classes), n)
+        answers = 0.2 * np.eye(len(classes))[y] + 0.8 * rng.dirichlet(np.ones(len(classes)), n)
+    else:
+        y = rng.exponential(10, n)
+        answers = (-y if kind == "survival" else y)[:, None] + rng.normal(0, 8, (n, 1))
+    horizons = tuple(np.quantile(y, np.arange(1, 8) / 8)) if kind == "survival" else ()
+    made = predictions(y, answers, Target("t", kind, classes, horizons))
+    wide, narrow = (intervals(made, level=level, draws=60) for level in (0.95, 0.5))
+    assert set(wide) == set(measure(made))
+    for name, interval in wide.items():
+        assert interval.low <= narrow[name].low < narrow[name].high <= interval.high, name
+        if name != "ece":  # few cases make it larger, and a draw has fewer different ones
+            assert interval.low < interval.value < interval.high, name
+
+
 def test_what_is_not_defined_is_nan_and_not_a_warning() -> None:
     one_class = measure(predictions([1, 1, 1], [0.2, 0.9, 0.8]))
     assert np.isnan([one_class[name] for name in ("auroc", "auprc")]).all()
@@ -170,6 +273,9 @@ def test_a_better_run_is_told_from_an_equal_one() -> None:
     assert found.low > 0
     assert found.p < 0.02
     assert found.value == pytest.approx(measure(good)["auroc"] - measure(poor)["auroc"])
+    y[:20] = 9  # nobody knows these
+    unknown = [replace(each, y=np.where(y == 9, np.nan, y)) for each in (good, poor)]
+    assert compare(*unknown, draws=200) == compare(*(each.take(range(20, 200)) for each in (good, poor)), draws=200)
     same = compare(good, good, draws=100)
     assert (same.value, same.p) == (0.0, 1.0)
     with pytest.raises(UsageError, match="same cases"):

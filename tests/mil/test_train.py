@@ -1,6 +1,7 @@
 """Training: it learns what is there and nothing that is not, sees no test case, repeats to the bit, and goes on after a kill."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,32 @@ def test_what_is_there_is_learned() -> None:
     assert "auroc" in result.summary(draws=20).splitlines()[2]
     assert result.predictions.names == tuple(dict.fromkeys(result.predictions.names))
     np.testing.assert_allclose(result.predictions.answers.sum(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"inner": 3}, r"probabilities are calibrated \(temperature \d+\.\d\d to \d+\.\d\d, each fitted on the part"),
+        ({"inner": 3, "calibrate": True}, r"probabilities are calibrated"),
+        ({"inner": 3, "calibrate": False}, r"not calibrated \(calibrate is false"),
+        ({"inner": 1}, r"not calibrated \(no part was kept from training to do it on: inner is 1"),
+    ],
+)
+def test_a_summary_says_whether_and_on_whom_answers_were_calibrated(changed: Any, words: str) -> None:
+    result = cross_validate(cohort(24), replace(QUICK, epochs=3, **changed))
+    head, titles, *figures, about = result.summary(draws=5).splitlines()
+    assert re.search(words, about)
+    assert all(re.search(r"\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]$", line) for line in figures), head + titles
+    temperatures = [member.temperature for each in result.folds for member in each.members]
+    assert (set(temperatures) == {1.0}) == ("not calibrated" in words)
+
+
+def test_an_ordinal_target_has_no_temperature_and_the_summary_says_so() -> None:
+    bags, labels, _ = arrays(24)
+    grade = Labels("grade", kind="ordinal", classes=("low", "high"))
+    made = Cohort.from_arrays(bags, [grade.classes[i] for i in labels], labels=grade)
+    words = cross_validate(made, replace(QUICK, epochs=1)).summary(draws=5)
+    assert "not calibrated (a temperature is for classes learned by cross-entropy or focal loss)" in words
 
 
 def test_shuffled_labels_give_chance_within_its_interval() -> None:

@@ -1,5 +1,7 @@
 """Uncertainty: doubt adds up, and prediction sets keep their promise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -45,6 +47,15 @@ def test_coverage_across_folds_is_measured_with_its_interval() -> None:
     assert "90% promised" in str(found)
     with pytest.raises(UsageError, match="two or more"):
         cross_coverage(made, 0.1)
+
+
+def test_cases_without_truth_do_not_count_for_coverage() -> None:
+    y, said = drawn(100, 0)
+    folds = np.array([str(i % 4) for i in range(100)])
+    y = y.astype(float)
+    y[:40] = np.nan
+    made = replace(predictions(y, said, THREE), folds=tuple(folds))
+    assert cross_coverage(made, 0.2) == cross_coverage(made.take(range(40, 100)), 0.2)
 
 
 def test_too_few_cases_leave_no_class_out() -> None:
