@@ -28,6 +28,8 @@ __all__ = [
     "pool_bags",
 ]
 
+_ROWS_AT_ONCE = 8192
+
 
 class Place(NamedTuple):
     """Where a slide's tiles lie: its whole grid, the rows of it that the bag holds, and the slide's frame."""
@@ -138,7 +140,7 @@ class StoreSource:
 
     def read(self, slide: str) -> Bag:
         found, rows = self.slide(slide), self._rows(slide)
-        vectors = [found.features(name).numpy()[rows] for name in self.encoders]
+        vectors = [_taken(found.features(name).numpy(), rows) for name in self.encoders]
         return checked_bag(_side_by_side(vectors), found.grid.xy[rows], slide, where=str(found.path))
 
     def place(self, slide: str) -> Place:
@@ -242,7 +244,9 @@ def checked_bag(features: NDArray[Any] | None, xy: NDArray[np.int64] | None, key
     if features is None or len(features) == 0:
         raise BadFeaturesError(f"{where}: no tiles; take the slide out of the table of labels")
     features = features if features.dtype in (np.float16, np.float32) else features.astype(np.float32)
-    bad = ~np.isfinite(features).all(axis=1)
+    # Some rows at a time: a mask of all values would be half as large as a bag in half precision.
+    starts = range(0, len(features), _ROWS_AT_ONCE)
+    bad = np.concatenate([~np.isfinite(features[i : i + _ROWS_AT_ONCE]).all(axis=1) for i in starts])
     if bad.any():
         raise BadFeaturesError(
             f"{where}: {int(bad.sum())} of {len(bad)} vectors are not finite (the first is row {int(bad.argmax())}); "
@@ -277,8 +281,15 @@ def pool_bags(bags: Sequence[Bag], key: str) -> Bag:
     return bags[0] if len(bags) == 1 else Bag(torch.cat([bag.features for bag in bags]), None, key)
 
 
+def _taken(vectors: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+    """These rows; not copied where they are all."""
+    return vectors if len(rows) == len(vectors) else vectors[rows]
+
+
 def _side_by_side(vectors: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """(N, D1), (N, D2), … as (N, D1 + D2) in the widest of their dtypes."""
+    """(N, D1), (N, D2), … as (N, D1 + D2) in the widest of their dtypes; a single one is not copied."""
+    if len(vectors) == 1:
+        return vectors[0]
     return np.concatenate([each.astype(np.result_type(*vectors), copy=False) for each in vectors], axis=1)
 
 
