@@ -13,7 +13,7 @@ from features.keys import slide_key
 from features.store import FeatureStore
 from mil.bag import Bag, Batch, collate
 from mil.member import Member, Scaling
-from mil.objective import Objective
+from mil.objective import Joint, Objective
 from mil.sources import StoreSource
 from tests.mil.made_up import write_store
 
@@ -46,7 +46,8 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
 def member_of(name: str) -> Member:
     torch.manual_seed(0)
     scaling = Scaling(torch.linspace(-3, 3, DIM), torch.linspace(0.2, 4, DIM))
-    return Member({"model": name, "hyper": NARROW[name], "dim": DIM}, Objective("cross_entropy", 2), scaling)
+    joint = Joint({"label": Objective("cross_entropy", 2)}, {"label": 1.0})
+    return Member({"model": name, "hyper": NARROW[name], "dim": DIM}, joint, scaling)
 
 
 def half_bag() -> Bag:
