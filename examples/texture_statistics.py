@@ -4,8 +4,8 @@
 
 A plug-in is a Python file with a function that returns a ``torch.nn.Module``: uint8 (B, H, W, 3) in, float (B, D) out.
 Light is turned into optical density, as dyes add up there, and taken apart into octaves as a Laplacian pyramid does. The
-logarithms of what each octave holds are textures; a stronger stain shifts all of them by the same amount. How the colours
-vary together in an octave says which dye it is in. Any learned encoder should do better on real tissue.
+logarithms of what each octave holds are textures; a stronger stain shifts all of them by the same amount. Any learned
+encoder should do better on real tissue.
 
 Burt, Adelson: The Laplacian pyramid as a compact image code, IEEE Transactions on Communications 1983.
 """
@@ -19,11 +19,7 @@ SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class TextureStatistics(nn.Module):
-    """uint8 (B, H, W, 3) → float32 (B, 75).
-
-    Of each colour five quantiles, and energy, skew and tail of five octaves; of
-    each two colours their correlation in each octave.
-    """
+    """uint8 (B, H, W, 3) → float32 (B, 60): of each colour five quantiles, and energy, skew and tail of five octaves."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         density = -((pixels.permute(0, 3, 1, 2).float() + 1) / 256).log()  # (B, 3, H, W)
@@ -38,8 +34,7 @@ class TextureStatistics(nn.Module):
             energy = band.square().mean(2) + 1e-6  # (B, 3)
             skew = band.pow(3).mean(2) / energy.pow(1.5)
             tail = band.pow(4).mean(2) / energy.square()
-            together = (band * band.roll(1, 1)).mean(2) / (energy * energy.roll(1, 1)).sqrt()
-            found += [energy.log() / 2, skew, tail.log(), together]
+            found += [energy.log() / 2, skew, tail.log()]
             density = coarse
         return torch.cat(found, dim=1)
 
