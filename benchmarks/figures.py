@@ -20,13 +20,17 @@ if sys.path and sys.path[0] == _HERE:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number; ``reach`` is what it should at least (or at most) be, None where nothing is promised."""
+    """One measured number; ``reach`` is what it should at least (or at most) be, None where nothing is promised.
+
+    ``interval`` is where it lies with 95% confidence, where that was asked.
+    """
 
     name: str
     value: float
     unit: str
     reach: float | None = None
     higher_is_better: bool = True
+    interval: tuple[float, float] | None = None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -45,7 +49,10 @@ def report(title: str, figures: list[Figure], file: Path | None) -> None:
     for figure in figures:
         sign = "≥" if figure.higher_is_better else "≤"
         reach = "" if figure.reach is None else f"{sign} {figure.reach:g}"
-        table.add_row(figure.name, f"{figure.value:.4g}", figure.unit, reach)
+        value = f"{figure.value:.4g}"
+        if figure.interval is not None:
+            value += " [{:.3g}, {:.3g}]".format(*figure.interval)
+        table.add_row(figure.name, value, figure.unit, reach)
     Console().print(table)
     if file is not None:
         machine = (

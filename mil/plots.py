@@ -82,7 +82,7 @@ def calibration(predictions: Predictions) -> "Figure":
     used = np.unique(bin_of)
     x, y = (np.array([values[bin_of == i].mean() for i in used]) for values in (confidence, right))
     axes.plot(x, y, color="tab:blue", lw=1)
-    axes.scatter(x, y, s=[400 * (bin_of == i).mean() + 10 for i in used], color="tab:blue", alpha=0.7)
+    axes.scatter(x, y, s=[400 * (bin_of == i).mean() + 10 for i in used], color="tab:blue", alpha=0.7, clip_on=False)
     axes.set_title(f"expected calibration error {measure(known)['ece']:.3f}", fontsize=10)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)

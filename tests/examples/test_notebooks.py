@@ -1,0 +1,55 @@
+"""The notebooks of examples/ run from top to bottom, warn of nothing, and hold the pictures that a reader sees on the web."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def outputs(notebook: Any, kind: str) -> list[Any]:
+    return [out for cell in notebook.cells for out in cell.get("outputs", ()) if out.output_type == kind]
+
+
+def printed(notebook: Any) -> str:
+    return "".join(out.text for out in outputs(notebook, "stream"))
+
+
+def pictures(notebook: Any) -> int:
+    return sum("image/jpeg" in out.get("data", ()) for out in outputs(notebook, "display_data"))
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.name)
+def notebook(request: Any) -> Any:
+    """As committed; and as it is after a run in a folder of its own."""
+    return nbformat.read(request.param, as_version=4)
+
+
+def test_what_is_committed_was_run_in_order_and_is_small(notebook: Any) -> None:
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not outputs(notebook, "error")
+    assert str(ROOT) not in nbformat.writes(notebook)
+    assert all(path.stat().st_size < 1.5e6 for path in NOTEBOOKS)
+
+
+def test_a_notebook_runs_and_shows_what_is_committed(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    run = nbformat.from_dict(notebook.copy())
+    client = nbclient.NotebookClient(run, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    assert [out.text for out in outputs(run, "stream") if out.name == "stderr"] == []
+    assert pictures(run) == pictures(notebook) > 0
+    ranks = [float(value) for value in re.findall(r"AUROC of attention (\d\.\d+)", printed(run))]
+    assert ranks
+    assert min(ranks) > 0.9
+    assert "tiles matter more than any" in printed(run)
