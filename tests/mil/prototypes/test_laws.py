@@ -79,8 +79,8 @@ def test_a_bag_of_a_batch_is_embedded_as_if_alone_wherever_its_tiles_lie(name: s
     mask = torch.tensor([[True] * 6, [False, True, False, True, True, False]])
     features = torch.full((2, 6, DIM), 1e4)
     features[0], features[1, mask[1]] = x, y
-    found, shares = (f(Batch(features, mask), CENTRES) for f in (method(name).embed, method(name).assign))
-    near(found.vector, torch.cat([method(name).embed(each, CENTRES).vector for each in (x, y)]))
+    vectors, shares = method(name).describe(Batch(features, mask), CENTRES)
+    near(vectors.vector, torch.cat([method(name).embed(each, CENTRES).vector for each in (x, y)]))
     near(shares[1, mask[1]], method(name).assign(y, CENTRES)[0])
     assert not shares[~mask].any()
 
