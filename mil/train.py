@@ -115,7 +115,8 @@ class _ScaledBags:
 
     def __getitem__(self, index: int, /) -> Bag:
         bag = self.examples.bag(int(self.bags[index]))
-        scaled = self.member.scaling(collate([bag]).to(self.member.device))
+        with torch.no_grad():
+            scaled = self.member.scaling(collate([bag]).to(self.member.device))
         return Bag(scaled.features[0], None, bag.key)
 
 

@@ -40,10 +40,9 @@ class EmbeddingMIL(MILModel):
 
     def forward(self, batch: Batch) -> MILOutput:
         """Linear(vector of the bag)."""
-        centres = self.prototypes()
-        embedding = self.slide_features(self.embedder.embed(batch, centres))  # (B, E)
-        with torch.no_grad():
-            member = self.embedder.assign(batch, centres)  # (B, N, K), 0 at padding
+        vectors, member = self.embedder.describe(batch, self.prototypes())
+        embedding = self.slide_features(vectors)  # (B, E)
+        with torch.no_grad():  # member is (B, N, K), 0 at padding
             common = member.sum(1) / batch.mask.sum(1, keepdim=True)  # (B, K)
             kind = torch.einsum("bnk,bk->bn", member, common)  # (B, N)
             scores, attention = masked_softmax(kind.log()[:, None], batch.mask)  # (B, 1, N)

@@ -1,10 +1,10 @@
 """Embedder: what every method is that turns a bag of any size into one vector, and SlideVectors, what it returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mil.prototypes.prototypes import Prototypes
 
 __all__ = ["Embedder", "SlideVectors", "hard_assignment", "one_hot"]
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,10 @@ class Embedder(ABC):
     def memberships(self, rows: Rows, centres: Tensor) -> Tensor:
         """(N, K) float32: how much of each tile belongs to each prototype; every row sums to one."""
 
+    def both(self, rows: Rows, centres: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """``slide`` and ``memberships``, for methods whose work for the one is that for the other."""
+        return self.slide(rows, centres), self.memberships(rows, centres)
+
     def embed(self, tiles: Batch | Bag | Tensor, prototypes: "Prototypes | Tensor | None" = None) -> SlideVectors:
         """The vector of each bag.
 
@@ -74,24 +80,31 @@ class Embedder(ABC):
         Raises:
             UsageError: prototypes are missing, or are of vectors of another length.
         """
-        slides = _slides(tiles)
-        with torch.autocast(slides[0].device.type, enabled=False):  # sums of squares want more than half precision
-            rows = [self.slide(TensorRows(x), self.centres(x, prototypes)) for x in slides]
-        return SlideVectors({part: torch.stack([each[part] for each in rows]) for part in rows[0]})
+        return _stacked(self._each(self.slide, tiles, prototypes))
 
     def assign(self, tiles: Batch | Bag | Tensor, prototypes: "Prototypes | Tensor | None" = None) -> Tensor:
         """(B, N, K): how much of each tile belongs to each prototype; rows sum to one, those of padding are zero.
 
         Args and errors as for ``embed``. A method without prototypes has one, to which all tiles belong.
         """
+        return _spread(self._each(self.memberships, tiles, prototypes), tiles)
+
+    def describe(
+        self, tiles: Batch | Bag | Tensor, prototypes: "Prototypes | Tensor | None" = None
+    ) -> tuple[SlideVectors, Tensor]:
+        """What ``embed`` and ``assign`` return, for less than both of them cost where they share work."""
+        vectors, shares = zip(*self._each(self.both, tiles, prototypes), strict=True)
+        return _stacked(vectors), _spread(shares, tiles)
+
+    def _each(
+        self,
+        function: Callable[[Rows, Tensor], Found],
+        tiles: Batch | Bag | Tensor,
+        prototypes: "Prototypes | Tensor | None",
+    ) -> list[Found]:
         slides = _slides(tiles)
-        with torch.autocast(slides[0].device.type, enabled=False):
-            found = [self.memberships(TensorRows(x), self.centres(x, prototypes)) for x in slides]
-        if not isinstance(tiles, Batch):
-            return found[0][None]
-        spread = found[0].new_zeros((*tiles.mask.shape, found[0].shape[1]))
-        spread[tiles.mask] = torch.cat(found)
-        return spread
+        with torch.autocast(slides[0].device.type, enabled=False):  # sums of squares want more than half precision
+            return [function(TensorRows(x), self.centres(x, prototypes)) for x in slides]
 
     def centres(self, x: Tensor, prototypes: "Prototypes | Tensor | None") -> Tensor:
         """(K, D) centres that fit the (N, D) vectors ``x``, where they are."""
@@ -124,6 +137,19 @@ def hard_assignment(x: Tensor, centres: Tensor) -> Tensor:
 def one_hot(index: Tensor, k: int) -> Tensor:
     """(n,) indices as (n, k) float32."""
     return torch.nn.functional.one_hot(index, k).float()
+
+
+def _stacked(slides: Sequence[Mapping[str, Tensor]]) -> SlideVectors:
+    return SlideVectors({part: torch.stack([slide[part] for slide in slides]) for part in slides[0]})
+
+
+def _spread(shares: Sequence[Tensor], tiles: Batch | Bag | Tensor) -> Tensor:
+    """(N, K) of each bag as (B, N, K), zero at padding."""
+    if not isinstance(tiles, Batch):
+        return shares[0][None]
+    spread = shares[0].new_zeros((*tiles.mask.shape, shares[0].shape[1]))
+    spread[tiles.mask] = torch.cat(list(shares))
+    return spread
 
 
 def _slides(tiles: Batch | Bag | Tensor) -> list[Tensor]:

@@ -43,17 +43,16 @@ class OptimalTransport(Embedder):
 
     def slide(self, rows: Rows, centres: Tensor) -> dict[str, Tensor]:
         """Transported means of one slide."""
-        plan = self.plan(rows, centres)  # (N, K)
-        total, start = plan.new_zeros(()), 0
-        for x in rows:
-            total = total + (plan[start : start + len(x)].T.float() @ x).double()
-            start += len(x)
-        return {"mean": total.float()}
+        return _means(rows, self.plan(rows, centres))
 
     def memberships(self, rows: Rows, centres: Tensor) -> Tensor:
         """Rows of the plan, each divided by its sum."""
+        return _shares(self.plan(rows, centres))
+
+    def both(self, rows: Rows, centres: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Both from one plan."""
         plan = self.plan(rows, centres)
-        return (plan / plan.sum(1, keepdim=True)).float()
+        return _means(rows, plan), _shares(plan)
 
     def plan(self, rows: Rows, centres: Tensor) -> Tensor:
         """(N, K) float64 transport plan."""
@@ -67,6 +66,18 @@ class OptimalTransport(Embedder):
             if float((v - before).detach().abs().max()) < 1e-10:
                 break
         return (u[:, None] + kernel + v).exp()
+
+
+def _means(rows: Rows, plan: Tensor) -> dict[str, Tensor]:
+    total, start = plan.new_zeros(()), 0
+    for x in rows:
+        total = total + (plan[start : start + len(x)].T.float() @ x).double()  # (K, D)
+        start += len(x)
+    return {"mean": total.float()}
+
+
+def _shares(plan: Tensor) -> Tensor:
+    return (plan / plan.sum(1, keepdim=True)).float()
 
 
 def _distances(x: Tensor, centres: Tensor) -> Tensor:
