@@ -1,5 +1,6 @@
 """Training a slide encoder: it learns what slides of a kind have in common, repeats to the bit and goes on after a kill."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,34 +21,39 @@ from mil.sources import StoreSource
 from tests.mil import made_up
 from wsi.errors import CohortError, NotExtractedError, RunMismatchError, UsageError
 
-KINDS, TILES, DIM = 4, 60, 16
+KINDS, TILES, DIM, OTHER_DIM = 4, 80, 16, 20
 QUICK = SlideTrainConfig(
-    width=32, layers=1, heads=2, attention_dim=16, state=8, channels=16, hidden=64, projection=16, dropout=0.0,
-    tiles=30, epochs=40, warmup_epochs=2, batch_size=16, lr=0.05, weight_decay=0.01, momentum=0.9, device="cpu", seed=1,
+    width=32, layers=1, heads=1, attention_dim=32, state=8, channels=16, hidden=64, projection=16, dropout=0.0, tiles=40,
+    epochs=80, warmup_epochs=2, batch_size=32, lr=0.2, weight_decay=0.01, momentum=0.9, device="cpu", seed=1,
 )  # fmt: skip
 
 
 def slides(n: int, seed: int = 0) -> dict[str, Any]:
-    """Tiles alike in all slides, wide apart, but for a tenth: those lie in a direction that slides of a kind share."""
+    """Tiles of eight common sorts, each of which may point either way, but for a tenth: those are of the slide's kind.
+
+    The mean over all tiles says little of the kind, as the common ones outweigh it by chance.
+    """
     rng = np.random.default_rng(seed)
     made = {}
     for i in range(n):
-        x = 2 * rng.normal(size=(TILES, DIM)).astype(np.float32)
-        x[: TILES // 10] = 6 * np.eye(DIM)[i % KINDS] + 0.3 * rng.normal(size=(TILES // 10, DIM))
+        x = 0.3 * rng.normal(size=(TILES, DIM)).astype(np.float32)
+        x[np.arange(TILES), rng.integers(8, 16, TILES)] += 8 * rng.choice([-1, 1], TILES)
+        x[: TILES // 10] = 4 * np.eye(DIM)[i % KINDS] + 0.3 * rng.normal(size=(TILES // 10, DIM))
         made[f"s{i:03d}.svs"] = rng.permutation(x)
     return made
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    """32 slides of four kinds with features of two encoders: the other's are turned, and have some noise."""
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """24 slides of four kinds with features of two encoders: the other's are turned, and have some noise."""
     rng = np.random.default_rng(5)
-    first = slides(32)
-    turn = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0][:, :12].astype(np.float32)
-    other = {name: (x @ turn + 0.1 * rng.normal(size=(TILES, 12))).astype(np.float32) for name, x in first.items()}
-    made_up.write_store(tmp_path / "OUT", first, encoder="one")
-    made_up.write_store(tmp_path / "OUT", other, encoder="two")
-    return FeatureStore(tmp_path / "OUT")
+    first = slides(24)
+    turn = np.linalg.qr(rng.normal(size=(OTHER_DIM, DIM)))[0].T.astype(np.float32)
+    other = {k: (x @ turn + 0.1 * rng.normal(size=(TILES, OTHER_DIM))).astype(np.float32) for k, x in first.items()}
+    root = tmp_path_factory.mktemp("contrastive") / "OUT"
+    made_up.write_store(root, first, encoder="one")
+    made_up.write_store(root, other, encoder="two")
+    return FeatureStore(root)
 
 
 def purity(store: FeatureStore, encoder: Any, name: str) -> float:
@@ -62,23 +68,24 @@ def purity(store: FeatureStore, encoder: Any, name: str) -> float:
 
 def test_slides_of_a_kind_come_together(store: FeatureStore) -> None:
     torch.manual_seed(0)
-    arguments = {
-        name: getattr(QUICK, name) for name in ("width", "layers", "heads", "attention_dim", "state", "channels")
-    }
-    untrained = COBRA((12, DIM), **arguments)
+    names = ("width", "layers", "heads", "attention_dim", "state", "channels")
+    untrained = COBRA((DIM, OTHER_DIM), **{name: getattr(QUICK, name) for name in names})
     curve: list[TrainingEpoch] = []
-    trained = train_slide_encoder(store, ["one", "two"], QUICK, done=curve.append)
-    for name in ("one", "two"):
-        before, after = purity(store, untrained, name), purity(store, trained.encoder, name)
-        assert after >= 0.9, (name, before, after)
-        assert before <= 0.7, (name, before, after)
-    assert curve[-1].loss < curve[0].loss - 0.1
-    assert len(curve) == QUICK.epochs
+    trained = train_slide_encoder(store, ["one", "two"], QUICK, done=curve.append).encoder
+    before = [purity(store, untrained, name) for name in ("one", "two")]
+    after = [purity(store, trained, name) for name in ("one", "two")]
+    assert np.mean(before) < 0.5, before
+    assert np.mean(after) > 0.7, after
+    assert curve[-1].loss < curve[0].loss - 0.5
+    assert [epoch.epoch for epoch in curve] == list(range(1, QUICK.epochs + 1))
     source = StoreSource(store, ["one"])
-    bag = source.read(store.keys[1])
-    telling = bag.features[:, 1] > 4  # of the second kind
-    attention = trained.encoder.encode(bag).attention[0]
-    assert attention[telling].mean() > 3 * attention[~telling].mean()
+    weights = []
+    for kind, key in enumerate(store.keys[:KINDS]):
+        bag = source.read(key)
+        telling = bag.features[:, kind] > 3
+        attention = trained.encode(bag).attention[0]
+        weights.append(float(attention[telling].mean() / attention[~telling].mean()))
+    assert np.mean(weights) > 1.5, weights
 
 
 SHORT = replace(QUICK, epochs=6, checkpoint_epochs=2)
@@ -102,7 +109,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_others(store: FeatureStor
     assert not same(one, train_slide_encoder(store, ["one", "two"], replace(SHORT, seed=2)))
 
 
-@pytest.mark.parametrize("killed_after", [1, 2, 5])
+@pytest.mark.parametrize("killed_after", [1, 5])
 def test_a_killed_run_goes_on_to_the_same_bits(store: FeatureStore, tmp_path: Path, killed_after: int) -> None:
     whole = train_slide_encoder(store, ["one", "two"], SHORT, out=tmp_path / "whole")
 
@@ -116,11 +123,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(store: FeatureStore, tmp_path: Pa
     resumed = train_slide_encoder(store, ["one", "two"], SHORT, out=tmp_path / "cut", done=again.append)
     assert [epoch.epoch for epoch in again] == list(range(killed_after // 2 * 2 + 1, 7))
     assert same(whole, resumed)
-    files = {name: (tmp_path / run / name).read_bytes() for run in ("whole", "cut") for name in ("curve.csv",)}
-    assert files["curve.csv"] == (tmp_path / "whole" / "curve.csv").read_bytes()
-    assert (tmp_path / "cut" / "encoder.safetensors").read_bytes() == (
-        tmp_path / "whole" / "encoder.safetensors"
-    ).read_bytes()
+    for name in ("curve.csv", "encoder.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "cut" / "checkpoint.pt").exists()
 
 
@@ -129,7 +133,7 @@ def test_what_was_trained_is_loaded_from_its_file_and_not_trained_again(store: F
     loaded = load_slide_encoder(SlideEncoderRequest(str(tmp_path / "run" / "encoder.safetensors"), device="cpu"))
     assert loaded.spec == made.spec
     assert loaded.identity == made.identity
-    assert [(tile.encoder, tile.dim) for tile in loaded.spec.tiles] == [("one", DIM), ("two", 12)]
+    assert [(tile.encoder, tile.dim) for tile in loaded.spec.tiles] == [("one", DIM), ("two", OTHER_DIM)]
     assert same(loaded, made)
     epochs: list[Any] = []
     again = train_slide_encoder(store, ["one", "two"], SHORT, out=tmp_path / "run", name="ours", done=epochs.append)
@@ -144,9 +148,10 @@ def test_a_folder_with_another_run_is_left_alone(store: FeatureStore, tmp_path: 
         train_slide_encoder(store, ["one"], SHORT, out=tmp_path / "run")
     with pytest.raises(RunMismatchError, match="other features"):
         train_slide_encoder(store, ["two"], replace(SHORT, epochs=1), out=tmp_path / "run")
-    made_up.write_store(store.root, {"new.svs": np.ones((9, DIM), np.float32)}, encoder="one")
+    larger = shutil.copytree(store.root, tmp_path / "larger")
+    made_up.write_store(larger, {"new.svs": np.ones((9, DIM), np.float32)}, encoder="one")
     with pytest.raises(RunMismatchError, match="other patients, cohort"):
-        train_slide_encoder(store, ["one"], replace(SHORT, epochs=1), out=tmp_path / "run")
+        train_slide_encoder(larger, ["one"], replace(SHORT, epochs=1), out=tmp_path / "run")
     assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == before
 
 
@@ -167,7 +172,7 @@ def test_views_are_of_two_slides_of_a_patient_and_of_at_most_half_their_tiles(st
             widths |= {(one.features.shape[-1], other.features.shape[-1])}
             assert one.mask.sum(1).max() <= TILES // 2
     assert sum(sizes) == 20 * len(patients)
-    assert widths == {(a, b) for a in (12, DIM) for b in (12, DIM)}
+    assert widths == {(a, b) for a in (DIM, OTHER_DIM) for b in (DIM, OTHER_DIM)}
     assert set(read) == {slide for slides in patients for slide in slides}
 
 
