@@ -100,7 +100,7 @@ def _summary(report: Any, out: Path, console: PatientConsole) -> None:
             f"{len(done)} slides, {tiles:,} tiles in {report.seconds:.0f} s, {tiles / max(report.seconds, 1e-6):.0f} tiles/s",
         ),
         ("there already", f"{report.count('skipped')} slides" if report.count("skipped") else ""),
-        ("without tissue", f"{report.count('empty')} slides: complete, with no tiles" if report.count("empty") else ""),
+        ("without tiles", f"{report.count('empty')} slides: complete, with no tiles" if report.count("empty") else ""),
         (
             "busy elsewhere",
             f"{report.count('busy')} slides: another process works on them" if report.count("busy") else "",
@@ -211,6 +211,7 @@ def _encoders(values: dict[str, Any]) -> list[Any]:
 def _options(values: dict[str, Any]) -> Any:
     from features.pipeline import ExtractOptions
     from features.prepare import PrepareOptions
+    from features.selection import parse_selection
     from wsi.stream import default_read_threads
 
     prepare = PrepareOptions(
@@ -219,6 +220,7 @@ def _options(values: dict[str, Any]) -> Any:
         slide_mpp=values["slide_mpp"],
         tissue_dir=values["tissue_dir"],
         roi=values["roi"],
+        select=None if values["select"] is None else parse_selection(values["select"]),
     )
     return ExtractOptions(
         prepare=prepare,

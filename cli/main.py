@@ -10,6 +10,7 @@ from cli.predict import predict
 from cli.prototypes import prototypes
 from cli.remove import gc, remove
 from cli.run import EXIT_CODES, run
+from cli.slide_encoder import slide_encoder
 from cli.train import train
 from cli.tune import tune
 from cli.verify import verify
@@ -24,7 +25,7 @@ def wsi() -> None:
     """Whole-slide pathology: slides into feature stores, and what stands on them."""
 
 
-for verb in (extract, train, tune, predict, prototypes, encoders, info, phantom, verify, remove, gc):
+for verb in (extract, train, tune, predict, prototypes, slide_encoder, encoders, info, phantom, verify, remove, gc):
     wsi.add_command(verb)
 
 

@@ -77,6 +77,11 @@ tiling_options = stack(
     click.option(
         "--allow-upsample", is_flag=True, help="Enlarge scans that are coarser still, instead of refusing them.",
     ),
+    click.option(
+        "--select", metavar="HOW",
+        help="A few dozen tiles that stand for a slide, in place of all: mosaic takes some of each kind of tissue (also "
+        "mosaic:k=9,share=0.1,seed=0), fps some that lie far apart (also fps:patch_um=500,tissue=0.9,n=30,seed=0).",
+    ),
 )  # fmt: skip
 
 slide_options = stack(

@@ -63,7 +63,7 @@ def extract_found(
     in_processes = len(requests) == len(wanted) and len(devices_of(requests)) > 1
     runners = [] if in_processes else [EncoderRunner(_loaded(each)) for each in wanted]
     check_writable(out)
-    store = FeatureStore.create(out, options.prepare.tiling)
+    store = FeatureStore.create(out, options.prepare.tiling, options.prepare.select_facts)
     sweep(store)
     if in_processes:
         return extract_on_devices(found, store, requests, options, observer or NullObserver())

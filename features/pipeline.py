@@ -189,6 +189,8 @@ class Pipeline:
     ) -> None:
         if store.tiling != options.prepare.tiling:
             raise UsageError(f"{store.root}: this store's tiling is {store.tiling}, not {options.prepare.tiling}")
+        if store.select != options.prepare.select_facts:
+            raise UsageError(f"{store.root}: this store's tiles are {store.select}, not {options.prepare.select_facts}")
         self._store = store
         names = Counter(str(stored_identity(each, options)["name"]) for each in runners)
         for name, count in names.items():
@@ -451,7 +453,9 @@ class Pipeline:
         except Exception as fault:  # noqa: BLE001 - recorded, as `failure`
             return failure(work.source, work.key, fault, stage)
         if len(work.job.grid) == 0:
-            return Outcome(work.source.relpath, work.key, "empty", "EMPTY", "no tile holds enough tissue", facts)
+            chosen = work.prepared.store.manifest.get("selection", {}).get("of_tiles")
+            why = f"none of {chosen} tiles was chosen" if chosen else "no tile holds enough tissue"
+            return Outcome(work.source.relpath, work.key, "empty", "EMPTY", why, facts)
         return Outcome(work.source.relpath, work.key, "done", "OK", "", facts)
 
     def _seal(self, work: _Work, writer: FeatureWriter) -> None:

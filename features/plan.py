@@ -63,7 +63,9 @@ def plan_cohort(
     """
     try:
         store: FeatureStore | None = (
-            FeatureStore.create(out, options.prepare.tiling) if (out / "slides").exists() else None
+            FeatureStore.create(out, options.prepare.tiling, options.prepare.select_facts)
+            if (out / "slides").exists()
+            else None
         )
     except NotExtractedError:
         store = None

@@ -10,6 +10,7 @@ from typing import Any
 import shapely
 
 from features.keys import slide_key
+from features.selection import Selection, select_tiles, selection_facts
 from features.store import FeatureStore, SlideStore
 from features.writing import disk_errors, replace_slide, write_slide
 from wsi._files import write_atomically
@@ -40,6 +41,7 @@ class PrepareOptions:
         slide_mpp: (x, y) microns per pixel of level 0 for every slide, over what files and tables say.
         tissue_dir: folder of GeoJSON outlines to use instead of looking; slides without a file there are looked at.
         roi: a GeoJSON file for all slides, or a folder with one a slide: only what lies inside counts.
+        select: which of the tiles that hold tissue are taken; None for all of them.
     """
 
     tiling: Tiling = field(default_factory=Tiling)
@@ -48,6 +50,12 @@ class PrepareOptions:
     slide_mpp: tuple[float, float] | None = None
     tissue_dir: Path | None = None
     roi: Path | None = None
+    select: Selection | None = None
+
+    @property
+    def select_facts(self) -> dict[str, Any] | None:
+        """``select`` as JSON."""
+        return None if self.select is None else selection_facts(self.select)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Gridded:
     """A slide's tissue and tiles, nothing written yet.
 
     ``given`` is the file the outlines came from, ``view`` the picture that they were found in: one of them is there.
+    ``selection`` says how tiles were chosen and from how many, where not all of them are taken.
     """
 
     outlines: tuple[Annotation, ...]
@@ -72,6 +81,7 @@ class Gridded:
     notes: tuple[str, ...]
     given: Path | None = None
     view: Overview | None = None
+    selection: dict[str, Any] | None = None
 
 
 def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: PrepareOptions) -> Prepared:
@@ -97,6 +107,8 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
                 "slide": _slide_facts(slide, source, key),
                 "tissue": gridded.facts | {"geojson_sha256": _digest(outlines)},
             }
+            if gridded.selection is not None:
+                provenance["selection"] = gridded.selection
             picture.result()
         notes = gridded.notes
         if existing is not None:  # last, so that whatever failed above has cost nothing
@@ -139,7 +151,12 @@ def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gr
         notes += remarks
     region = region_of(outlines, roi, holes=options.tiling.holes)
     facts |= {"n_pieces": len(outlines), "area_mm2": round(float(region.area) * slide.mpp.x * slide.mpp.y / 1e6, 4)}
-    return Gridded(outlines, lattice.keep(region, options.tiling.min_tissue), facts, tuple(notes), given, view)
+    grid, selection = lattice.keep(region, options.tiling.min_tissue), None
+    if options.select is not None:
+        chosen = select_tiles(slide, grid, options.select)
+        selection = selection_facts(options.select) | {"of_tiles": len(grid)}
+        grid, notes = grid.take(chosen.rows), [*notes, *chosen.notes]
+    return Gridded(outlines, grid, facts, tuple(notes), given, view, selection)
 
 
 def is_current(stored: SlideStore, source: SlideSource, options: PrepareOptions) -> bool:
@@ -184,7 +201,8 @@ def _check_source(about: dict[str, Any], source: SlideSource) -> None:
 
 
 def _write_picture(path: Path, slide: Slide, gridded: Gridded) -> None:
-    picture = draw_overview(_picture_view(slide, gridded.view), gridded.outlines, gridded.grid)
+    view, few = _picture_view(slide, gridded.view), gridded.selection is not None
+    picture = draw_overview(view, gridded.outlines, gridded.grid, few=few)
     write_atomically(path, jpeg_bytes(picture))
 
 

@@ -3,7 +3,7 @@
 ::
 
     OUT/
-      wsi-store.json                    format, version, and the tiling every slide shares
+      wsi-store.json                    format, version, and the tiling and selection of tiles every slide shares
       slides/<key>.zarr/                one slide: a Zarr v3 group that appears whole, by one rename
         coords, tissue_fraction         (N, 2) int32 level-0 pixels; (N,) float32
         encoders/<encoder>/             one encoder's group, likewise
@@ -14,7 +14,7 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -270,19 +270,25 @@ class FeatureStore:
         self.root = Path(root)
         facts = _read_facts(self.root)
         self.tiling = Tiling(**facts["tiling"])
+        self.select: dict[str, Any] | None = facts.get("select")  # stores of before there were selections have none
 
     @classmethod
-    def create(cls, root: str | Path, tiling: Tiling) -> "FeatureStore":
+    def create(cls, root: str | Path, tiling: Tiling, select: Mapping[str, Any] | None = None) -> "FeatureStore":
         """Open the store at ``root``, or make an empty one.
 
+        Args:
+            select: which tiles of a slide are taken, as ``features.selection`` says it in JSON; None for all of them.
+
         Raises:
-            UsageError: there is one already, with another tiling. Tiles of two kinds are never mixed.
+            UsageError: there is one already, with another tiling or selection. Tiles of two kinds are never mixed.
         """
         root = Path(root)
         try:
             store = cls(root)
         except NotExtractedError:
             facts = {"format": "wsi-store", "version": FORMAT_VERSION, "tiling": asdict(tiling)}
+            if select is not None:
+                facts["select"] = dict(select)
             facts["created_by"] = f"wsi-engine {__version__}"
             (root / "slides").mkdir(parents=True, exist_ok=True)
             write_atomically(root / _NAME, json.dumps(facts, indent=1).encode())
@@ -294,6 +300,12 @@ class FeatureStore:
             )
             raise UsageError(
                 f"{root}: this store was made with another tiling ({changed}); give another OUT, or the same tiling"
+            )
+        if store.select != (None if select is None else dict(select)):
+            there, asked = (_words(each) for each in (store.select, select))
+            raise UsageError(
+                f"{root}: this store was made with another selection of tiles ({there} there, {asked} asked); give another "
+                f"OUT, or the same --select"
             )
         return store
 
@@ -366,6 +378,13 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.root}: {len(self)} slides, {self.tiling.tile_px} px at {self.tiling.mpp:g} mpp>"
+
+
+def _words(select: Mapping[str, Any] | None) -> str:
+    """A selection as it is written on the command line."""
+    if select is None:
+        return "all tiles"
+    return f"{select['method']}:" + ",".join(f"{key}={value}" for key, value in select.items() if key != "method")
 
 
 def _read_facts(root: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from features.interop import feature_files, read_facts
 from features.keys import readable_part, safe_name, slide_key
+from features.selection import Selection, parse_selection
 from features.store import FeatureStore
 from mil.bag import Bag
 from mil.sources import (
@@ -151,6 +152,7 @@ class Cohort:
         target: Targets,
         *,
         encoder: str | Sequence[str] | None = None,
+        select: str | Selection | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> "Cohort":
         """Join a feature store with a table of labels.
@@ -161,6 +163,8 @@ class Cohort:
             target: the column to predict, or ``Labels`` that say more; several of them for one model of several targets. A
                 slide that lacks some of the labels counts for the others.
             encoder: whose features; several are put side by side. May be left out where the store has one.
+            select: a few tiles of each slide in place of all, such as ``"mosaic:k=9,share=0.1"``; see
+                ``features.selection``.
             cache_bytes: how many bytes of bags are kept in memory.
 
         Raises:
@@ -168,7 +172,8 @@ class Cohort:
             NotExtractedError: no store, or no such encoder.
         """
         store = FeatureStore(root)
-        source = StoreSource(store, _encoders(store, encoder))
+        chosen = parse_selection(select) if isinstance(select, str) else select
+        source = StoreSource(store, _encoders(store, encoder), chosen)
         missing: dict[str, str] = {}
         for slide in store:
             lacking = [name for name in source.encoders if not has_features(slide, name)]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from features.keys import readable_part
+from features.selection import selection_from_facts
 from features.store import FeatureStore, SlideStore
 from mil import explain
 from mil.cohort import LeftOut, SlideNames, read_rows
@@ -127,7 +128,8 @@ class Predictor:
                 f"{store.root}: has features of {', '.join(there) or 'no encoder'}, but {self.name} was trained on "
                 f"{', '.join(encoders)}; run wsi extract with --encoder {lacking[0]}"
             )
-        source = StoreSource(store, encoders)
+        chosen = trained.get("select")
+        source = StoreSource(store, encoders, None if chosen is None else selection_from_facts(chosen))
         self.check(source, where=str(store.root))
         return source
 

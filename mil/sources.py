@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from features.interop import FeatureFile, read_facts, read_features
+from features.selection import Selection, select_rows, selection_facts
 from features.store import GOOD, FeatureStore, SlideStore
 from mil.bag import Bag
 from wsi.errors import BadFeaturesError, NotExtractedError, UsageError
@@ -91,12 +92,18 @@ class ArraySource:
 
 
 class StoreSource:
-    """Bags of a feature store; several encoders' vectors side by side, tile by tile. Rows of bad tiles are left out."""
+    """Bags of a feature store; several encoders' vectors side by side, tile by tile. Rows of bad tiles are left out.
 
-    def __init__(self, store: FeatureStore, encoders: Sequence[str]) -> None:
+    Args:
+        select: a few tiles of each slide, by their features and places, in place of all.
+    """
+
+    def __init__(self, store: FeatureStore, encoders: Sequence[str], select: Selection | None = None) -> None:
         self.store = store
         self.encoders = tuple(encoders)
+        self.select = select
         self._slides: dict[str, SlideStore] = {}
+        self._chosen: dict[str, NDArray[np.int64]] = {}
 
     @cached_property
     def _first(self) -> SlideStore:
@@ -116,6 +123,7 @@ class StoreSource:
             "dim": [int(encoder["dim"]) for encoder in made_by],
             "mpp": self.store.tiling.mpp,
             "tile_px": self.store.tiling.tile_px,
+            **({} if self.select is None else {"select": selection_facts(self.select)}),
         }
 
     @property
@@ -140,11 +148,24 @@ class StoreSource:
 
     def read(self, slide: str) -> Bag:
         found, rows = self.slide(slide), self._rows(slide)
-        vectors = [_taken(found.features(name).numpy(), rows) for name in self.encoders]
-        return checked_bag(_side_by_side(vectors), found.grid.xy[rows], slide, where=str(found.path))
+        vectors = _side_by_side([_taken(found.features(name).numpy(), rows) for name in self.encoders])
+        if self.select is not None:
+            mpp = tuple(found.manifest["slide"]["mpp"])
+            chosen = select_rows(found.grid.take(rows), vectors, mpp, self.select)
+            if len(rows) and not len(chosen):
+                raise BadFeaturesError(
+                    f"{found.path}: none of {len(rows)} tiles is chosen by {selection_facts(self.select)}; ask for less, or "
+                    f"take the slide out of the table of labels"
+                )
+            vectors, rows = vectors[chosen], rows[chosen]
+            self._chosen[slide] = rows
+        return checked_bag(vectors, found.grid.xy[rows], slide, where=str(found.path))
 
     def place(self, slide: str) -> Place:
-        return Place(self.slide(slide).grid, self._rows(slide), stored_frame(self.slide(slide)))
+        if self.select is not None and slide not in self._chosen:
+            self.read(slide)
+        rows = self._rows(slide) if self.select is None else self._chosen[slide]
+        return Place(self.slide(slide).grid, rows, stored_frame(self.slide(slide)))
 
 
 class FolderSource:

@@ -1,7 +1,7 @@
 """Training: the loop, short enough to read at once, and cross-validation around it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mil.bag import Bag, Batch, collate
@@ -34,7 +34,11 @@ __all__ = [
     "Observers",
     "TrainedFold",
     "answer_cases",
+    "cosine_schedule",
     "fit_scaling",
+    "follow",
+    "half_precision",
+    "parameter_groups",
     "pick_device",
     "train_fold",
     "train_member",
@@ -199,14 +203,14 @@ def train_member(
     """
     device = member.device
     lr = member.model.learning_rate if config.lr is None else config.lr
-    optimizer = torch.optim.AdamW(_parameter_groups(member, config.weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(parameter_groups(member, config.weight_decay), lr=lr)
     passes = math.ceil(len(fit) / config.batch_size)
     steps = math.ceil(passes / config.accumulate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _cosine(config.warmup_epochs * steps, config.epochs * steps)
+        optimizer, cosine_schedule(config.warmup_epochs * steps, config.epochs * steps)
     )
     average = deepcopy(member).eval()
-    autocast, scaler = _half_precision(config.precision, device)
+    autocast, scaler = half_precision(config.precision, device)
     best, since, step = math.inf, 0, 0
     for number in range(config.epochs):
         member.train()
@@ -232,7 +236,7 @@ def train_member(
                 schedule.step()
                 step += 1
                 # The first steps count for less the more follow: a plain average would keep the random start for long.
-                _follow(average, member, min(config.average, step / (step + 10)))
+                follow(average, member, min(config.average, step / (step + 10)))
         judged = _loss(average, examples, stop) if len(stop) else math.nan
         kept = not judged >= best  # also where nobody judges
         if kept:
@@ -349,11 +353,11 @@ def _dropped(batch: Batch, share: float) -> Batch:
 
 
 @torch.no_grad()
-def _follow(average: Member, member: Member, decay: float) -> None:
-    """Move the average's weights towards the member's; whatever is no weight (running means) is taken over."""
-    for kept, live in zip(average.parameters(), member.parameters(), strict=True):
-        kept.lerp_(live, 1 - decay)
-    for stays, found in zip(average.buffers(), member.buffers(), strict=True):
+def follow(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """Move the average's weights towards the live ones; whatever is no weight (running means) is taken over."""
+    for kept, weight in zip(average.parameters(), live.parameters(), strict=True):
+        kept.lerp_(weight, 1 - decay)
+    for stays, found in zip(average.buffers(), live.buffers(), strict=True):
         stays.copy_(found)
 
 
@@ -364,7 +368,9 @@ def _loss(member: Member, examples: Examples, bags: NDArray[np.int64]) -> float:
     return float(member.joint(logits, *examples.labels(bags)))
 
 
-def _cosine(warm: int, total: int) -> Any:
+def cosine_schedule(warm: int, total: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at each step: a linear rise, then half a cosine down to 0."""
+
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / (warm + 1)
@@ -373,16 +379,16 @@ def _cosine(warm: int, total: int) -> Any:
     return factor
 
 
-def _parameter_groups(member: Member, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Biases and norms are vectors, and not decayed."""
-    parameters = list(member.parameters())
+    parameters = list(module.parameters())
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
 
 
-def _half_precision(precision: str, device: torch.device) -> tuple[Any, torch.amp.GradScaler]:
+def half_precision(precision: str, device: torch.device) -> tuple[Any, torch.amp.GradScaler]:
     """Autocast and loss scaling for what was asked; on a CPU ``"auto"`` is float32, which repeats to the bit."""
     if precision == "auto":
         precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"

@@ -133,6 +133,10 @@ class TileGrid:
         kept = (fractions > 0) & (fractions >= min_fraction - 1e-6)
         return replace(self, xy=self.xy[kept], tissue=fractions[kept])
 
+    def take(self, rows: NDArray[np.int64]) -> "TileGrid":
+        """The tiles of these rows, in the order of ``rows``."""
+        return replace(self, xy=self.xy[rows], tissue=self.tissue[rows])
+
 
 def cover(pyramid: Pyramid, tiling: Tiling) -> TileGrid:
     """Every tile of the lattice that ``tiling`` puts on a slide, tissue or not.

@@ -19,8 +19,15 @@ _TILE = (30, 80, 200)
 _SHIFT = 4  # cv2 draws at sixteenths of a pixel
 
 
-def draw_overview(view: Overview, tissue: Sequence[Annotation], grid: TileGrid | None = None) -> Pixels:
-    """(H, W, 3) uint8: the overview with green outlines of tissue and, lightly, the blue frame of every tile."""
+def draw_overview(
+    view: Overview, tissue: Sequence[Annotation], grid: TileGrid | None = None, *, few: bool = False
+) -> Pixels:
+    """(H, W, 3) uint8: the overview with green outlines of tissue and, lightly, the blue frame of every tile.
+
+    Args:
+        few: the tiles are a choice of few, whose frames would hardly be seen: they are drawn plainly.
+    """
+    thickness = max(1, round(max(view.image.shape[:2]) / 700))
     image = view.image.copy()
     scale = np.array(view.scale)
     if grid is not None and len(grid):
@@ -28,9 +35,8 @@ def draw_overview(view: Overview, tissue: Sequence[Annotation], grid: TileGrid |
         low = _fixed(grid.xy / scale)
         high = _fixed((grid.xy + np.array(grid.side)) / scale)
         for (x0, y0), (x1, y1) in zip(low.tolist(), high.tolist(), strict=True):
-            cv2.rectangle(veil, (x0, y0), (x1, y1), _TILE, 1, cv2.LINE_AA, _SHIFT)
-        image = cv2.addWeighted(veil, 0.6, image, 0.4, 0, dst=veil)
-    thickness = max(1, round(max(image.shape[:2]) / 700))
+            cv2.rectangle(veil, (x0, y0), (x1, y1), _TILE, thickness if few else 1, cv2.LINE_AA, _SHIFT)
+        image = veil if few else cv2.addWeighted(veil, 0.6, image, 0.4, 0, dst=veil)
     for annotation in tissue:
         for part in shapely.get_parts(annotation.geometry):
             if part.geom_type != "Polygon":

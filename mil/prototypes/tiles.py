@@ -191,7 +191,7 @@ def draw_tiles(
 def rows_of(source: BagSource, slide: str) -> Rows:
     """A slide's tiles: from a store of one encoder shard by shard, of anything else as the bag."""
     store = source.source if isinstance(source, CachedSource) else source
-    if isinstance(store, StoreSource) and len(store.encoders) == 1:
+    if isinstance(store, StoreSource) and len(store.encoders) == 1 and store.select is None:
         return StoredRows(store.slide(slide).features(store.encoders[0]))
     return TensorRows(source.read(slide).features)
 

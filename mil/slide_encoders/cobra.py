@@ -157,6 +157,14 @@ class COBRA(SlideEncoder):
         of_heads = [head(h[..., i::count]).squeeze(-1) for i, head in enumerate(self.attention)]
         return torch.stack(of_heads).mean(0)
 
+    def pooled_tokens(self, batch: Batch) -> Tensor:
+        """(B, width) tokens pooled by the weights: what pre-training compares, where the slide's vector has features."""
+        x, order = _packed(batch)
+        mask = batch.mask if order is None else batch.mask.gather(1, order)
+        h = torch.cat(list(self.tokens(x)), 1)  # (B, N, width)
+        _, attention = masked_softmax(self.score(h)[:, None], mask)  # (B, 1, N)
+        return (attention @ h.float()).squeeze(1)
+
     def _pooled(self, batch: Batch, values: Tensor) -> SlideEmbedding:
         x, order = _packed(batch)
         scores = torch.cat([self.score(h) for h in self.tokens(x)], 1)  # (B, N)
