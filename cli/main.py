@@ -9,6 +9,7 @@ from cli.phantom import phantom
 from cli.predict import predict
 from cli.remove import gc, remove
 from cli.run import EXIT_CODES, run
+from cli.segment import segment
 from cli.train import train
 from cli.verify import verify
 from wsi._version import __version__
@@ -22,7 +23,7 @@ def wsi() -> None:
     """Whole-slide pathology: slides into feature stores, and what stands on them."""
 
 
-for verb in (extract, train, predict, encoders, info, phantom, verify, remove, gc):
+for verb in (extract, train, predict, segment, encoders, info, phantom, verify, remove, gc):
     wsi.add_command(verb)
 
 
