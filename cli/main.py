@@ -10,6 +10,7 @@ from cli.predict import predict
 from cli.prototypes import prototypes
 from cli.remove import gc, remove
 from cli.run import EXIT_CODES, run
+from cli.segment import segment
 from cli.slide_encoder import slide_encoder
 from cli.train import train
 from cli.tune import tune
@@ -25,7 +26,10 @@ def wsi() -> None:
     """Whole-slide pathology: slides into feature stores, and what stands on them."""
 
 
-for verb in (extract, train, tune, predict, prototypes, slide_encoder, encoders, info, phantom, verify, remove, gc):
+for verb in (
+    extract, train, tune, predict, prototypes, slide_encoder, segment,
+    encoders, info, phantom, verify, remove, gc,
+):  # fmt: skip
     wsi.add_command(verb)
 
 

@@ -240,7 +240,7 @@ def _run_sums(values: NDArray[Any], starts: NDArray[np.int64], shape: tuple[int,
 
 def _checked(rows: NDArray[Any]) -> NDArray[Any]:
     if rows.dtype == bool:
-        return rows.view(np.uint8)
+        return rows.astype(np.uint8)  # no view: some bytes of True are 255
     if rows.dtype.kind not in "iu":
         raise UsageError(f"a label map holds whole numbers, not {rows.dtype}")
     if rows.dtype.kind == "i" and rows.size and rows.min() < 0:

@@ -36,7 +36,17 @@ from wsi._version import __version__
 from wsi.annotation import Annotation, ObjectType, canonical_class_name, canonical_wkb, class_color, content_id
 from wsi.errors import AnnotationError, UsageError
 
-__all__ = ["Frame", "GeoJsonContents", "Rejection", "Repair", "WriteReport", "read_geojson", "write_geojson"]
+__all__ = [
+    "Frame",
+    "GeoJsonContents",
+    "ParsedFeatures",
+    "Rejection",
+    "Repair",
+    "WriteReport",
+    "parse_features",
+    "read_geojson",
+    "write_geojson",
+]
 
 Shapes = npt.NDArray[np.object_]
 
@@ -132,6 +142,14 @@ class GeoJsonContents:
     rejected: tuple[Rejection, ...]
     repaired: tuple[Repair, ...]
     frame: Frame | None
+
+
+class ParsedFeatures(NamedTuple):
+    """Annotations, and what became of the features that are not among them or were changed."""
+
+    annotations: list[Annotation]
+    rejected: list[Rejection]
+    repaired: list[Repair]
 
 
 # Writing
@@ -512,7 +530,7 @@ def _contents(where: str, data: bytes, given: tuple[float, float] | None) -> Geo
         raise AnnotationError(f"{where}: is JSON but not GeoJSON (its type is {kind!r:.40}); export it as GeoJSON")
     frame = _stated_frame(where, document)
     origin = frame.origin if frame else given or (0.0, 0.0)
-    annotations, rejected, repaired = _annotations(document, origin)
+    annotations, rejected, repaired = parse_features(document, origin)
     source: Literal["file", "argument", "default"] = "file" if frame else "default" if given is None else "argument"
     return GeoJsonContents(tuple(annotations), origin, source, tuple(rejected), tuple(repaired), frame)
 
@@ -571,7 +589,11 @@ class _Parsed(NamedTuple):
     notes: list[str]
 
 
-def _annotations(document: Any, origin: tuple[float, float]) -> tuple[list[Annotation], list[Rejection], list[Repair]]:
+def parse_features(document: Any, origin: tuple[float, float] = (0.0, 0.0)) -> ParsedFeatures:
+    """Make annotations of whatever ``json.loads`` found, or of what a reader of another format brought into this form.
+
+    ``origin`` is added to all coordinates. Nothing is raised: what cannot be used is rejected, with its reason.
+    """
     parsed, rejected = [], []
     for index, candidate in enumerate(_candidates(document)):
         try:
@@ -589,7 +611,7 @@ def _annotations(document: Any, origin: tuple[float, float]) -> tuple[list[Annot
         annotations.append(Annotation(shapes[i], nucleus=nuclei[i], **each.words))
         if notes:
             repaired.append(Repair(each.number, "; ".join(notes)))
-    return annotations, sorted(rejected, key=lambda rejection: rejection.index), repaired
+    return ParsedFeatures(annotations, sorted(rejected, key=lambda rejection: rejection.index), repaired)
 
 
 @np.errstate(all="ignore")  # as in _fit

@@ -1,0 +1,90 @@
+"""wsi segment: pixels into shapes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+
+from cli.console import PatientConsole
+
+if TYPE_CHECKING:
+    from wsi.geojson import Frame
+
+__all__ = ["segment"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def segment() -> None:
+    """Areas on slides: outlined, measured and compared."""
+
+
+@segment.command()
+@click.argument("out", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--truth", required=True, type=click.Path(exists=True, path_type=Path),
+    help="Folder of annotations: GeoJSON, ASAP or ImageScope XML, or masks; named as the slides are.",
+)  # fmt: skip
+@click.option("--classes", help="What is compared, with commas.  [default: all that was drawn]")
+@click.option(
+    "--mpp", type=click.FloatRange(min=0, min_open=True), default=2.0, show_default=True,
+    help="Microns per pixel that areas and borders are compared at.",
+)  # fmt: skip
+@click.option("--objects/--no-objects", default=True, help="Compare polygons one by one too, as glands are.")
+@click.option(
+    "--slides", type=click.Path(exists=True, path_type=Path),
+    help="Folder of the slides, for results that do not say which slide they belong to.",
+)  # fmt: skip
+@click.option(
+    "--out", "folder", type=click.Path(path_type=Path), help="Where the numbers go.  [default: OUT/evaluation]"
+)
+def evaluate(
+    out: Path, truth: Path, classes: str | None, mpp: float, objects: bool, slides: Path | None, folder: Path | None
+) -> int:
+    """Compare the results in OUT with what people drew.
+
+    Prints, for each class, means over slides with 95 % bootstrap intervals; writes scores.csv, a row a slide and class,
+    and summary.json.
+
+    \b
+    wsi segment evaluate OUT --truth annotations/
+    """
+    from segmentation.evaluate import METRICS, EvaluateOptions
+    from segmentation.evaluate import evaluate as compare
+
+    wanted = tuple(name.strip() for name in classes.split(",") if name.strip()) if classes else ()
+    frame_of = None if slides is None else _frame_finder(slides)
+    result = compare(out, truth, EvaluateOptions(mpp, wanted, objects), frame_of=frame_of)
+    folder = folder or (out if out.is_dir() else out.parent) / "evaluation"
+    result.write(folder)
+    console = PatientConsole()
+    for note in result.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for name, row in result.summary().items():
+        slides_of = {score.slide for score in result.scores if score.class_name == name}
+        table = Table("metric", "mean", "95 % interval", "slides", box=None, pad_edge=False)
+        for metric in METRICS:
+            found = row[metric]
+            if found.n:
+                table.add_row(metric, f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}", str(found.n))
+        console.print(f"{name}, {len(slides_of)} slides", markup=False, highlight=False)
+        console.print(table, highlight=False, markup=False)
+    console.print(f"numbers: {folder}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _frame_finder(slides: Path) -> "Callable[[str], Frame | None]":
+    """Finds a slide in a folder by its stem, and opens only that one."""
+    from wsi.discover import discover
+    from wsi.slide import Slide
+
+    locations = {Path(source.relpath).stem: source.location for source in discover(slides).sources}
+
+    def find(stem: str) -> "Frame | None":
+        if stem not in locations:
+            return None
+        with Slide.open(locations[stem]) as slide:
+            return slide.frame
+
+    return find

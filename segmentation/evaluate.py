@@ -1,0 +1,233 @@
+"""Evaluation: what was found on slides against what people drew on them, class by class, with intervals over slides."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Final
+
+import shapely
+
+from segmentation.metrics import Interval, compare_maps, compare_objects, interval_of_mean
+from segmentation.place import MapPlace
+from segmentation.raster import Raster
+from wsi._files import write_atomically
+from wsi.annotation import Annotation
+from wsi.annotations import AnnotationFile, check_annotations, match_annotations, read_annotations
+from wsi.errors import UsageError
+from wsi.geojson import Frame
+
+__all__ = ["METRICS", "EvaluateOptions", "Evaluation", "Score", "evaluate", "evaluate_slide"]
+
+IGNORED: Final = "Ignore*"  # QuPath's own class for what is not to be looked at
+_POLYGONS: Final = (".geojson", ".geojson.gz")
+_MASKS: Final = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How slides are compared; saved with the numbers.
+
+    Attributes:
+        mpp: microns per pixel that areas and borders are compared at; not finer than the slide itself.
+        classes: what is compared; all classes that were drawn, if empty.
+        objects: whether polygons are compared one by one, as glands are.
+    """
+
+    mpp: float = 2.0
+    classes: tuple[str, ...] = ()
+    objects: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mpp < float("inf"):
+            raise UsageError(f"mpp must be positive, got {self.mpp}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class on one slide. What is not defined, as recall where nothing was drawn, is NaN."""
+
+    slide: str
+    class_name: str
+    dice: float
+    iou: float
+    precision: float
+    recall: float
+    hd95_um: float
+    object_f1: float = math.nan
+    object_dice: float = math.nan
+    object_hausdorff_um: float = math.nan
+    n_found: int = 0
+    n_true: int = 0
+
+
+METRICS: Final = tuple(field.name for field in fields(Score) if field.type is float)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of all slides, and lines about what stood in the way.
+
+    Attributes:
+        scores: a row a slide and class.
+        notes: what was left out or changed in the truth, and slides without it.
+    """
+
+    scores: tuple[Score, ...]
+    options: EvaluateOptions
+    notes: tuple[str, ...] = ()
+
+    def summary(self, *, draws: int = 2000, seed: int = 0) -> dict[str, dict[str, Interval]]:
+        """For each class and metric the mean over slides with its bootstrap interval."""
+        names = dict.fromkeys(score.class_name for score in self.scores)
+        return {
+            name: {
+                metric: interval_of_mean(
+                    [getattr(score, metric) for score in self.scores if score.class_name == name],
+                    draws=draws,
+                    seed=seed,
+                )
+                for metric in METRICS
+            }
+            for name in names
+        }
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``scores.csv``, a row a slide and class, and ``summary.json`` with intervals, options and notes."""
+        folder = Path(folder)
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, [field.name for field in fields(Score)], lineterminator="\n")
+        writer.writeheader()
+        for score in self.scores:
+            writer.writerow({key: "" if _is_nan(value) else value for key, value in asdict(score).items()})
+        write_atomically(folder / "scores.csv", buffer.getvalue().encode())
+        summary = {
+            name: {
+                metric: {k: None if _is_nan(v) else v for k, v in found._asdict().items()}
+                for metric, found in row.items()
+            }
+            for name, row in self.summary().items()
+        }
+        content = {"classes": summary, "options": asdict(self.options), "notes": self.notes}
+        write_atomically(folder / "summary.json", json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def evaluate_slide(
+    found: Sequence[Annotation], truth: Sequence[Annotation], frame: Frame, options: EvaluateOptions | None = None
+) -> tuple[Score, ...]:
+    """Compare what was found on a slide with what was drawn, both in level-0 pixels.
+
+    What is drawn as ``Ignore*`` does not count, neither for areas nor, where it covers most of them, for objects.
+    """
+    options = options or EvaluateOptions()
+    drawn = sorted({a.class_name for a in truth if a.class_name is not None} - {IGNORED})
+    names = options.classes or tuple(drawn)
+    factor = (max(1.0, options.mpp / frame.mpp[0]), max(1.0, options.mpp / frame.mpp[1]))
+    shape = (max(1, round(frame.size[1] / factor[1])), max(1, round(frame.size[0] / factor[0])))
+    place = MapPlace.covering(frame, shape)
+    labels = {name: number for number, name in enumerate(names, start=1)}
+    ignore = len(labels) + 1
+    maps = (Raster(found, place, shape, labels), Raster(truth, place, shape, {**labels, IGNORED: ignore}))
+    overlaps = compare_maps(*maps, place, {number: name for name, number in labels.items()}, ignore=ignore)
+    ignored = shapely.union_all([a.geometry for a in truth if a.class_name == IGNORED])
+    scores = []
+    for name in names:
+        area = overlaps[name]
+        score = Score(frame.slide, name, area.dice, area.iou, area.precision, area.recall, area.hd95_um)
+        if options.objects:
+            mine, true = (_objects(each, name, ignored) for each in (found, truth))
+            seen = compare_objects(mine, true, frame.mpp)
+            score = replace(
+                score,
+                object_f1=seen.f1,
+                object_dice=seen.dice,
+                object_hausdorff_um=seen.hausdorff_um,
+                n_found=seen.n_found,
+                n_true=seen.n_true,
+            )
+        scores.append(score)
+    return tuple(scores)
+
+
+def _objects(annotations: Sequence[Annotation], name: str, ignored: shapely.Geometry) -> list[shapely.Geometry]:
+    parts = [
+        part
+        for annotation in annotations
+        if annotation.class_name == name
+        for part in shapely.get_parts(annotation.geometry)
+        if part.geom_type == "Polygon"
+    ]
+    if ignored.is_empty:
+        return parts
+    return [part for part in parts if shapely.intersection(part, ignored).area < part.area / 2]
+
+
+def evaluate(
+    out: str | os.PathLike[str],
+    truth: str | os.PathLike[str],
+    options: EvaluateOptions | None = None,
+    *,
+    frame_of: Callable[[str], Frame | None] | None = None,
+) -> Evaluation:
+    """Compare a folder of results with a folder of annotations; files find each other by the slide's name.
+
+    Args:
+        out: holds ``.geojson`` (or ``.geojson.gz``) files, or masks as TIFF for slides without these.
+        truth: annotations of any kind that ``read_annotations`` knows.
+        frame_of: finds the frame of a slide by its stem, for masks and for results that do not say it.
+
+    Raises:
+        UsageError: there are no results, or nothing says how large a slide is.
+    """
+    options = options or EvaluateOptions()
+    results = _results(Path(out))
+    if not results:
+        raise UsageError(f"{out}: holds no results; give the folder that wsi segment run wrote GeoJSON or masks to")
+    matches = match_annotations(results, truth)
+    notes = list(matches.report())
+    scores: list[Score] = []
+    for stem, path in matches.files.items():
+        known = frame_of(stem) if frame_of is not None else None
+        found = read_annotations(results[stem], frame=known)
+        frame = known or found.frame
+        if frame is None:
+            raise UsageError(
+                f"{results[stem]}: does not say which slide it belongs to and how large that is; give the slides"
+            )
+        drawn = read_annotations(path, frame=frame)
+        notes += [f"{stem}: {line}" for line in drawn.report()]
+        shapes = _classified(drawn, options.classes)
+        notes += [
+            f"{stem}: {path.name}: {line}" for line in check_annotations(shapes, frame.size, options.classes or None)
+        ]
+        scores += evaluate_slide(_classified(found, options.classes), shapes, frame, options)
+    if not scores:
+        raise UsageError(f"{truth}: holds no annotations of the slides in {out}: {'; '.join(notes) or 'no shapes'}")
+    return Evaluation(tuple(scores), options, tuple(notes))
+
+
+def _results(out: Path) -> dict[str, Path]:
+    """The file with each slide's result, by stem: polygons, else a mask."""
+    found: dict[str, Path] = {}
+    for suffixes in (_POLYGONS, _MASKS):
+        for path in sorted(out.rglob("*")) if out.is_dir() else [out]:
+            suffix = next((each for each in suffixes if path.name.lower().endswith(each)), None)
+            if suffix is not None and not path.name.startswith("."):
+                found.setdefault(path.name[: -len(suffix)], path)
+    return found
+
+
+def _classified(contents: AnnotationFile, classes: tuple[str, ...]) -> tuple[Annotation, ...]:
+    """Shapes of a file that tells no classes apart, or of a mask with a single label, are of the only class asked for."""
+    names = {annotation.class_name for annotation in contents.annotations}
+    if len(classes) != 1 or (names != {None} and not (contents.kind == "mask" and len(names) == 1)):
+        return contents.annotations
+    return tuple(replace(annotation, class_name=classes[0]) for annotation in contents.annotations)
