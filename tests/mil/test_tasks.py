@@ -228,8 +228,8 @@ def test_each_task_of_classes_has_a_temperature_of_its_own(tmp_path: Path) -> No
     read = Member.load(tmp_path / "m.safetensors")
     assert (read.joint, read.temperatures) == (member.joint, member.temperatures)
     bag = made.source.read("s003")
-    for name in made.tasks:
-        mine, theirs = (each.speaking_for(name.target.name) for each in (member, read))
+    for task in made.tasks:
+        mine, theirs = (each.speaking_for(task.target.name) for each in (member, read))
         assert mine.answer(mine.logits(bag)[None]).equal(theirs.answer(theirs.logits(bag)[None]))
     for name in ("subtype", "months"):  # gradients sum to what the task's own logits change by from the mean tile
         speaker = member.speaking_for(name)

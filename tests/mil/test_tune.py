@@ -12,9 +12,9 @@ import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
-import mil.tune
 from mil import Cohort, Result, TrainConfig, cross_validate
 from mil.splits import make_folds
+from mil.train import train_fold
 from mil.tune import DEFAULT_SPACE, Between, Trial, read_space, search, tune
 from tests.mil.made_up import QUICK, arrays, cohort
 from wsi.errors import EnvironmentFaultError, RunMismatchError, StoreFormatError, UsageError
@@ -77,15 +77,14 @@ def test_an_interrupted_search_goes_on_and_comes_to_the_same(tmp_path: Path, mon
     made = cohort(24)
     straight = tune(made, SMALL, trials=2, space=SPACE, out=tmp_path / "straight")
     heard: list[Trial] = []
-    train = mil.tune.train_fold
 
     def stop(*args: Any) -> Any:
         if len(heard) == 3:  # in the middle of the fourth trial, the second of fold 1
             raise KeyboardInterrupt
-        return train(*args)
+        return train_fold(*args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(mil.tune, "train_fold", stop)
+        patched.setattr("mil.tune.train_fold", stop)
         tune(made, SMALL, trials=2, space=SPACE, out=tmp_path / "run", told=heard.append)
     again: list[Trial] = []
     resumed = tune(made, SMALL, trials=2, space=SPACE, out=tmp_path / "run", told=again.append)
