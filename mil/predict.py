@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ class Predictor:
         """
         return cls(Result.load(run), device=device, name=str(run))
 
-    @property
+    @cached_property
     def tasks(self) -> Mapping[str, "Predictor"]:
         """The same for each target by its name."""
         return {

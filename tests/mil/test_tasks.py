@@ -17,6 +17,7 @@ from features.keys import slide_key
 from features.store import FeatureStore
 from mil import Cohort, Labels, Predictor, Result, TrainConfig, cross_validate
 from mil.bag import Bag, collate
+from mil.explain import integrated_gradients
 from mil.member import Member
 from mil.objective import Joint, Objective, fit_joint
 from mil.predict import read_patients
@@ -227,9 +228,18 @@ def test_each_task_of_classes_has_a_temperature_of_its_own(tmp_path: Path) -> No
     read = Member.load(tmp_path / "m.safetensors")
     assert (read.joint, read.temperatures) == (member.joint, member.temperatures)
     bag = made.source.read("s003")
-    for name in made.tasks:
-        mine, theirs = (each.speaking_for(name.target.name) for each in (member, read))
+    for task in made.tasks:
+        mine, theirs = (each.speaking_for(task.target.name) for each in (member, read))
         assert mine.answer(mine.logits(bag)[None]).equal(theirs.answer(theirs.logits(bag)[None]))
+    for name in ("subtype", "months"):  # gradients sum to what the task's own logits change by from the mean tile
+        speaker = member.speaking_for(name)
+        scaled = speaker.scaling(collate([bag]))
+        with torch.no_grad():
+            of_mean = speaker.narrow(speaker.model(replace(scaled, features=scaled.features * 0))).logits[0]
+        change = speaker.logits(bag) - of_mean
+        expected = change.sum() if name == "months" else change[int(speaker.logits(bag).argmax())]
+        shares = integrated_gradients([speaker], bag, steps=128)
+        assert shares.sum() == pytest.approx(expected.item(), rel=0.02, abs=0.01)
     assert torch.cat([member.speaking_for(t.target.name).logits(bag) for t in made.tasks]).equal(
         member.every_logit(bag)
     )

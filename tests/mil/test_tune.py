@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from mil import Cohort, Result, TrainConfig, cross_validate
 from mil.splits import make_folds
+from mil.train import train_fold
 from mil.tune import DEFAULT_SPACE, Between, Trial, read_space, search, tune
 from tests.mil.made_up import QUICK, arrays, cohort
 from wsi.errors import EnvironmentFaultError, RunMismatchError, StoreFormatError, UsageError
@@ -70,21 +73,25 @@ def test_each_fold_is_tested_by_a_model_of_the_settings_found_in_it() -> None:
     assert found.config == replace(SMALL, **max(everybody, key=lambda trial: trial.score).settings)
 
 
-def test_an_interrupted_search_goes_on_and_comes_to_the_same(tmp_path: Path) -> None:
+def test_an_interrupted_search_goes_on_and_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = cohort(24)
     straight = tune(made, SMALL, trials=2, space=SPACE, out=tmp_path / "straight")
     heard: list[Trial] = []
 
-    def stop(trial: Trial) -> None:
-        heard.append(trial)
-        if len(heard) == 4:
+    def stop(*args: Any) -> Any:
+        if len(heard) == 3:  # in the middle of the fourth trial, the second of fold 1
             raise KeyboardInterrupt
+        return train_fold(*args)
 
-    with pytest.raises(KeyboardInterrupt):
-        tune(made, SMALL, trials=2, space=SPACE, out=tmp_path / "run", told=stop)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("mil.tune.train_fold", stop)
+        tune(made, SMALL, trials=2, space=SPACE, out=tmp_path / "run", told=heard.append)
     again: list[Trial] = []
     resumed = tune(made, SMALL, trials=2, space=SPACE, out=tmp_path / "run", told=again.append)
-    assert len(again) == 6 - 4
+    assert len(again) == 6 - 3
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "run" / "trials.log")))
+    states = [trial.state.name for trial in optuna.load_study(study_name="1", storage=storage).trials]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE"]
     assert (resumed.trials, resumed.config) == (straight.trials, straight.config)
     in_memory: list[Trial] = []
     search(made, SMALL, trials=2, space=SPACE, told=in_memory.append)
