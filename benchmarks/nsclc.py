@@ -2,8 +2,8 @@
 
 The baseline is scikit-learn's logistic regression on the mean of a slide's features, standardised on the training part,
 on the same folds; a patient's answer is the mean over the slides, as it is for the models. Differences are paired over
-patients. Every model is trained with the defaults of TrainConfig, one model a fold, transformers as narrow as ``NARROW`` says; the
-last row averages five models a fold. The encoder was trained on these very slides without labels, so the numbers
+patients. Every model is trained with the defaults of TrainConfig, one model a fold, transformers as narrow as ``NARROW`` says;
+the last row averages five models a fold. The encoder was trained on these very slides without labels, so the numbers
 compare heads and are no claim about new patients.
 
     python benchmarks/nsclc.py FOLDER      # with tcga-nsclc-hipt192.npz and tcga-nsclc.csv
