@@ -37,7 +37,8 @@ class TrainConfig:
             for each, which decides when it stops and calibrates it. At least ``members``. 1: nobody decides: members
             differ by chance alone and train for all epochs on everybody, which a cosine schedule and the average of
             weights allow, and which is worth more than stopping early where patients are few.
-        epochs, warmup_epochs: length of the cosine schedule and of the linear rise before it.
+        epochs, warmup_epochs: length of the cosine schedule and of the linear rise before it. With some dozens of cases an
+            epoch is a few steps: what shows in few tiles then wants smaller batches and more epochs.
         patience: epochs without a better validation loss before a model stops.
         lr, weight_decay: of AdamW, which decays weights by their product at each step; biases and norms are not decayed.
             None takes the model's own ``learning_rate``: 1e-3 for attention pooling, 2e-4 for transformers.
