@@ -45,6 +45,7 @@ __all__ = [
     "WriteReport",
     "parse_features",
     "read_geojson",
+    "stated_frame",
     "write_geojson",
 ]
 
@@ -528,7 +529,7 @@ def _contents(where: str, data: bytes, given: tuple[float, float] | None) -> Geo
     kind = document.get("type") if isinstance(document, dict) else None
     if not isinstance(document, list) and not _is_collection(document) and not _is_feature_or_geometry(document):
         raise AnnotationError(f"{where}: is JSON but not GeoJSON (its type is {kind!r:.40}); export it as GeoJSON")
-    frame = _stated_frame(where, document)
+    frame = stated_frame(where, document)
     origin = frame.origin if frame else given or (0.0, 0.0)
     annotations, rejected, repaired = parse_features(document, origin)
     source: Literal["file", "argument", "default"] = "file" if frame else "default" if given is None else "argument"
@@ -547,7 +548,12 @@ def _is_geometry(item: Any) -> bool:
     return isinstance(item, dict) and item.get("type") in (*_BUILDERS, "GeometryCollection")
 
 
-def _stated_frame(where: str, document: Any) -> Frame | None:
+def stated_frame(where: str, document: Any) -> Frame | None:
+    """Return what the top-level member ``wsi`` of a document says; None where there is none.
+
+    Raises:
+        AnnotationError: it is damaged, or of a later release.
+    """
     member = document.get("wsi") if isinstance(document, dict) else None
     if not isinstance(member, dict) or "origin" not in member:
         return None

@@ -1,5 +1,6 @@
 """Masks: what is written is read back by tifffile, OpenSlide, Zarr and this project's own readers, at its place."""
 
+import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -40,7 +41,7 @@ def test_an_ome_tiff_opens_everywhere_with_its_colours_and_size(tmp_path: Path, 
         assert [level.shape for level in levels] == [(1300, 2100), (650, 1050), (325, 525), (163, 263)]
         for power, level in enumerate(levels):
             assert np.array_equal(level.asarray(), labels[:: 2**power, :: 2**power])
-        assert file.pages[0].is_tiled
+        assert file.pages.first.is_tiled
         pixels = next(e for e in ElementTree.fromstring(file.ome_metadata or "").iter() if e.tag.endswith("Pixels"))
         assert (pixels.get("PhysicalSizeX"), pixels.get("PhysicalSizeY")) == ("1.0", "2.0")
         plane = next(e for e in pixels if e.tag.endswith("Plane"))
