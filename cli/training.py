@@ -57,7 +57,7 @@ config_options = stack(
     click.option("--model", help="abmil, abmil-gated, clam-sb, …  [default: abmil-gated]"),
     click.option("--folds", type=click.IntRange(min=2), help="Random folds.  [default: 5]"),
     click.option("--members", type=click.IntRange(min=1), help="Models a fold, whose answers are averaged.  [default: 3]"),
-    click.option("--epochs", type=click.IntRange(min=1), help="Longest training of a model."),
+    click.option("--epochs", type=click.IntRange(min=1), help="Longest training of a model.  [default: 15, more with few slides]"),
     click.option(
         "--fusion", type=click.Choice(["late", "early", "none"]), help="Several slides of a patient.  [default: late]"
     ),
@@ -130,7 +130,6 @@ class Progress:
     def __init__(self, console: PatientConsole, config: "TrainConfig", *, shown: int) -> None:
         self._console = console
         self._shown = shown
-        self._epochs = config.epochs
         self._members = config.members
         self._prefix = ""
         self._began = time.monotonic()
@@ -158,13 +157,13 @@ class Progress:
         if self._bar is not None:
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
-            self._bar.add_task(self._prefix, total=self._epochs * self._members, loss="")
+            self._bar.add_task(self._prefix, total=None, loss="")
 
     def epoch_done(self, fold: "Fold", epoch: "Epoch") -> None:
         if self._bar is not None:
-            done = epoch.member * self._epochs + epoch.epoch  # a model that stopped early has none left
+            done = epoch.member * epoch.planned + epoch.epoch  # a model that stopped early has none left
             loss = f"loss {epoch.loss:.3f}, validation {epoch.stop_loss:.3f}"
-            self._bar.update(self._bar.task_ids[-1], completed=done, loss=loss)
+            self._bar.update(self._bar.task_ids[-1], completed=done, total=epoch.planned * self._members, loss=loss)
 
     def fold_finished(self, fold: "Fold", metrics: dict[str, float], *, resumed: bool) -> None:
         words = ", ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[: self._shown])

@@ -6,16 +6,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from mil.cohort import Fusion
 from wsi.errors import UsageError
 
-__all__ = ["Loss", "SplitBy", "TrainConfig"]
+__all__ = ["Loss", "Pace", "SplitBy", "TrainConfig"]
 
 Loss = Literal["auto", "cross_entropy", "focal", "mse", "ordinal", "nll", "cox"]
 SplitBy = Literal["random", "site", "column"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Pace(NamedTuple):
+    """Bags a forward pass; passes and optimizer steps an epoch; epochs."""
+
+    batch_size: int
+    passes: int
+    steps: int
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,13 @@ class TrainConfig:
             for each, which decides when it stops and calibrates it. At least ``members``. 1: nobody decides: members
             differ by chance alone and train for all epochs on everybody, which a cosine schedule and the average of
             weights allow, and which is worth more than stopping early where patients are few.
-        epochs, warmup_epochs: length of the cosine schedule and of the linear rise before it. With some dozens of cases an
-            epoch is a few steps: what shows in few tiles then wants smaller batches and more epochs.
+        epochs, warmup_epochs: length of the cosine schedule and of the linear rise before it. None: 15, and more where that
+            is less than 480 steps, for with some dozens of bags an epoch is a few steps.
         patience: epochs without a better validation loss before a model stops.
         lr, weight_decay: of AdamW, which decays weights by their product at each step; biases and norms are not decayed.
             None takes the model's own ``learning_rate``: 1e-3 for attention pooling, 2e-4 for transformers.
-        batch_size, accumulate: bags a forward pass, and passes a step.
+        batch_size, accumulate: bags a forward pass, and passes a step. None: 16, and less where an epoch would have fewer
+            than 12 passes.
         max_tiles: of larger bags, so many tiles are drawn anew each time (training only).
         tile_dropout: share of a bag's tiles left out each time.
         feature_dropout: share of a batch's feature values set to their mean.
@@ -66,12 +76,12 @@ class TrainConfig:
     folds: int = 5
     members: int = 3
     inner: int = 1
-    epochs: int = 15
+    epochs: int | None = None
     warmup_epochs: int = 1
     patience: int = 8
     lr: float | None = None
     weight_decay: float = 3.0
-    batch_size: int = 16
+    batch_size: int | None = None
     accumulate: int = 1
     max_tiles: int = 4096
     tile_dropout: float = 0.5
@@ -99,6 +109,8 @@ class TrainConfig:
             ("batch_size", 1), ("accumulate", 1), ("max_tiles", 1), ("bins", 2), ("draws", 1), ("seed", 0),
         ):  # fmt: skip
             value = getattr(self, name)
+            if name in ("epochs", "batch_size") and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} is a whole number from {least}, not {value!r}")
         for name, low, high in (
@@ -122,7 +134,7 @@ class TrainConfig:
                 "calibrate needs patients that a model was not trained on, and with inner 1 there are none; "
                 f"set inner to {max(5, self.members)}, or calibrate to auto"
             )
-        if self.loss == "cox" and self.batch_size < 2:
+        if self.loss == "cox" and self.batch_size == 1:
             raise UsageError("the cox loss compares the bags of a batch; batch_size must be at least 2")
         try:
             json.dumps(self.hyper, allow_nan=False)
@@ -133,6 +145,13 @@ class TrainConfig:
     def calibrates(self) -> bool:
         """Whether temperatures are fitted."""
         return self.calibrate is not False and self.inner > 1
+
+    def pace(self, n_bags: int) -> Pace:
+        """How training goes over so many bags, with what was left to the engine filled in."""
+        batch_size = self.batch_size or min(16, max(2, n_bags // 12))
+        passes = math.ceil(n_bags / batch_size)
+        steps = math.ceil(passes / self.accumulate)
+        return Pace(batch_size, passes, steps, self.epochs or max(15, math.ceil(480 / steps)))
 
     def to_json(self) -> str:
         """All settings as JSON."""

@@ -357,7 +357,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def _epoch(row: dict[str, str]) -> Epoch:
     lr, loss, stop_loss = (float(row[key]) for key in ("lr", "loss", "stop_loss"))
-    return Epoch(int(row["member"]), int(row["epoch"]), lr, loss, stop_loss, row["kept"] == "True")
+    member, epoch, planned = (int(row[key]) for key in ("member", "epoch", "planned"))
+    return Epoch(member, epoch, planned, lr, loss, stop_loss, row["kept"] == "True")
 
 
 def _number(path: Path) -> int:

@@ -50,10 +50,11 @@ class DivergedError(UsageError):
 
 
 class Epoch(NamedTuple):
-    """One line of a learning curve; ``stop_loss`` is that of the validation part, NaN without one."""
+    """One line of a learning curve: ``epoch`` of ``planned``; ``stop_loss`` is of the validation part, NaN without one."""
 
     member: int
     epoch: int
+    planned: int
     lr: float
     loss: float
     stop_loss: float
@@ -203,19 +204,18 @@ def train_member(
     """
     device = member.device
     lr = member.model.learning_rate if config.lr is None else config.lr
-    optimizer = torch.optim.AdamW(parameter_groups(member, config.weight_decay), lr=lr)
-    passes = math.ceil(len(fit) / config.batch_size)
-    steps = math.ceil(passes / config.accumulate)
+    optimizer = torch.optim.AdamW(parameter_groups(member, config.weight_decay), lr=lr, fused=True)
+    pace = config.pace(len(fit))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, cosine_schedule(config.warmup_epochs * steps, config.epochs * steps)
+        optimizer, cosine_schedule(config.warmup_epochs * pace.steps, pace.epochs * pace.steps)
     )
     average = deepcopy(member).eval()
     autocast, scaler = half_precision(config.precision, device)
     best, since, step = math.inf, 0, 0
-    for number in range(config.epochs):
+    for number in range(pace.epochs):
         member.train()
         total, rate = 0.0, optimizer.param_groups[0]["lr"]
-        for i, (batch, y, event) in enumerate(_batches(examples, fit, config, rng)):
+        for i, (batch, y, event) in enumerate(_batches(examples, fit, pace.batch_size, config, rng)):
             batch, y, event = batch.to(device), y.to(device), event.to(device)  # noqa: PLW2901 - the same, elsewhere
             scaled = member.scaling(batch)
             dropped = _dropped(scaled, config.feature_dropout)
@@ -226,10 +226,10 @@ def train_member(
                 raise DivergedError(
                     f"the loss is {loss.item()} in epoch {number + 1}: training diverged; lower lr ({lr:g})"
                 )
-            in_step = min(config.accumulate, passes - i // config.accumulate * config.accumulate)
+            in_step = min(config.accumulate, pace.passes - i // config.accumulate * config.accumulate)
             scaler.scale(loss / in_step).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach()) * len(y)
-            if (i + 1) % config.accumulate == 0 or i + 1 == passes:
+            if (i + 1) % config.accumulate == 0 or i + 1 == pace.passes:
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
@@ -244,7 +244,7 @@ def train_member(
             kept_state = deepcopy(average.state_dict())
         else:
             since += 1
-        yield Epoch(0, number + 1, rate, total / len(fit), judged, kept)
+        yield Epoch(0, number + 1, pace.epochs, rate, total / len(fit), judged, kept)
         if since >= config.patience:
             break
     member.load_state_dict(kept_state)
@@ -322,11 +322,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def _batches(
-    examples: Examples, bags: NDArray[np.int64], config: TrainConfig, rng: np.random.Generator
+    examples: Examples, bags: NDArray[np.int64], batch_size: int, config: TrainConfig, rng: np.random.Generator
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     order = rng.permutation(bags)
-    for start in range(0, len(order), config.batch_size):
-        chosen = order[start : start + config.batch_size]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
         drawn = [_drawn(examples.bag(int(index)), config, rng) for index in chosen]
         yield collate(drawn), *examples.labels(chosen)
 

@@ -63,3 +63,11 @@ def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(UsageError, match="no JSON"):
         TrainConfig.read(tmp_path / "c.json")
+
+
+def test_few_bags_get_small_batches_and_more_epochs() -> None:
+    plain = TrainConfig()
+    assert plain.pace(766) == (16, 48, 48, 15)
+    assert plain.pace(48) == (4, 12, 12, 40)
+    assert plain.pace(3).batch_size == 2  # some losses compare the bags of a batch
+    assert TrainConfig(epochs=3, batch_size=10, accumulate=2).pace(48) == (10, 5, 3, 3)

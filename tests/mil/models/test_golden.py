@@ -317,6 +317,30 @@ def test_the_pseudo_inverse_is_that_of_the_package(iterations: int, unformed: in
     assert_near(inverse, number("nystrom", f"pinv/out{iterations}"), atol=1e-4, rtol=1e-4)
 
 
+def test_in_training_the_pseudo_inverse_and_its_gradient_are_the_same_but_for_rounding() -> None:
+    a = number("nystrom", "pinv/in").flatten(0, 1)[None]
+    x, weights = torch.rand(2, *a.shape[:-1], 3, generator=torch.Generator().manual_seed(0))
+
+    def answer(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The textbook's iteration, in float64, and its gradient; in float32 ours."""
+        given = a.to(dtype, copy=True).requires_grad_()
+        if dtype == torch.float32:
+            found = apply_pseudo_inverse(given, x)
+        else:
+            z, eye = given.mT / (given.sum(-1).max() * given.sum(-2).max()), torch.eye(16, dtype=dtype)
+            for _ in range(6):
+                y = given @ z
+                z = z @ (13 * eye - y @ (15 * eye - y @ (7 * eye - y))) / 4
+            found = z @ x.to(dtype)
+        (found * weights).sum().backward()
+        assert given.grad is not None
+        return found.detach().float(), given.grad.float()
+
+    with torch.enable_grad():
+        for ours, theirs in zip(answer(torch.float32), answer(torch.float64), strict=True):
+            assert (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
+
+
 def test_the_pseudo_inverse_stays_in_float32_under_autocast() -> None:
     a = number("nystrom", "pinv/in").flatten(0, 1)[None]
     with torch.autocast("cpu", dtype=torch.bfloat16):
