@@ -326,7 +326,8 @@ def test_in_training_the_pseudo_inverse_and_its_gradient_are_the_same_but_for_ro
         for _ in range(6):
             y = given @ z
             z = z @ (13 * eye - y @ (15 * eye - y @ (7 * eye - y))) / 4
-        return z @ x
+        found: torch.Tensor = z @ x
+        return found
 
     def with_gradient(inverse: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         given = a.clone().requires_grad_()
