@@ -59,6 +59,13 @@ def prototypes() -> None:
     help="Who gives an equal share: slides, or the sites of the CSV's column site.",
 )
 @click.option(
+    "--scale",
+    type=click.Choice(["none", "standard"]),
+    default="none",
+    show_default=True,
+    help="standard: every feature counts alike, whatever its variance. none: as PANTHER was published.",
+)
+@click.option(
     "--restarts",
     type=click.IntRange(min=1),
     default=3,
@@ -104,13 +111,17 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
     if out is None or ks is not None:
         asked = _numbers(ks or "")
         with _Bar(console, "fitting", len(asked), "values of k") as bar:
-            found = report_k(pool, asked, seed=values["seed"], restarts=values["restarts"], done=lambda _: bar.step())
+            found = report_k(
+                pool, asked, seed=values["seed"], restarts=values["restarts"], scale=values["scale"],
+                done=lambda _: bar.step(),
+            )  # fmt: skip
         _say(console, str(found))
         return 0
     with console.status("k-means …"):
         fitted = fit_prototypes(
-            pool, values["k"], seed=values["seed"], restarts=values["restarts"], device=values["device"]
-        )
+            pool, values["k"], seed=values["seed"], restarts=values["restarts"], scale=values["scale"],
+            device=values["device"],
+        )  # fmt: skip
         fitted.save(out)
     shares = ", ".join(f"{share:.1%}" for share in fitted.shares[:8])
     more = f" and {fitted.k - 8} smaller ones" if fitted.k > 8 else ""

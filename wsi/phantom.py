@@ -401,6 +401,7 @@ class Phantom:
         self.pen = _multi(shapely.union_all(layout.strokes))
         self.blur = layout.blur
 
+        self._layout = layout
         self._regions = [(TISSUE_KINDS[name], region) for name, region in layout.regions.items() if not region.is_empty]
         self._tones = [kind.tones() for kind, _ in self._regions]
         self._glands = layout.glands
@@ -419,6 +420,18 @@ class Phantom:
         self._glass: Pixels = cv2.add(
             np.full(self._grain.shape, spec.background, np.uint8), self._grain, dtype=cv2.CV_8U
         )
+
+    @property
+    def kinds(self) -> dict[str, MultiPolygon]:
+        """Where each kind of tissue is to be seen, by name, in level-0 pixels: none overlap, and together they are ``tissue``.
+
+        ``"submucosa"``, ``"muscle"``, ``"fat"``, ``"mucosa"``, ``"lymphoid"`` and ``"tumour"``, those that there are.
+        """
+        seen, above = {}, MultiPolygon()
+        for kind, region in reversed(self._layout.regions.items()):
+            seen[kind] = _multi(region.difference(above))
+            above = shapely.union(above, region)
+        return {kind: region for kind, region in reversed(seen.items()) if not region.is_empty}
 
     def render(self, x: int, y: int, w: int, h: int, downsample: int = 1) -> Pixels:
         """Return RGB ``(h, w, 3)`` of the box whose top-left corner is level-0 pixel ``(x, y)``.

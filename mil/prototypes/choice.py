@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from mil.prototypes.kmeans import kmeans, nearest
+from mil.prototypes.kmeans import Scale, kmeans, nearest, scale_of
 from mil.prototypes.tiles import TilePool
 from wsi.errors import UsageError
 
@@ -69,12 +69,14 @@ def report_k(
     repeats: int = 5,
     restarts: int = 3,
     seed: int = 0,
+    scale: Scale = "none",
     done: Callable[[int], None] | None = None,
 ) -> KReport:
     """Fit prototypes of every k, again and again, and say how good and how much alike they are.
 
     Args:
         repeats: draws of halves, and different seeds.
+        scale: as for ``fit_prototypes``; inertia and silhouette are measured in it.
         done: is told each k that is finished.
 
     Raises:
@@ -83,6 +85,8 @@ def report_k(
     if len(pool.slides) < 2 or repeats < 1:
         raise UsageError(f"stability needs two slides and a repeat, not {len(pool.slides)} and {repeats}")
     ks = tuple(dict.fromkeys(ks))
+    divisor = scale_of(pool.x, scale)
+    x = pool.x if divisor is None else pool.x / divisor
     rng = np.random.default_rng(seed)
     splits = [_halves(pool, rng) for _ in range(repeats)]
     fewest = min(int(side.sum()) for left in splits for side in (left, ~left))
@@ -91,17 +95,17 @@ def report_k(
     sample = rng.choice(len(pool), min(len(pool), _SILHOUETTE_TILES), replace=False)
     rows = []
     for k in ks:
-        fits = [kmeans(pool.x, k, seed=seed + number, restarts=restarts) for number in range(max(2, repeats))]
-        labels = [nearest(pool.x, fit.centres) for fit in fits]
+        fits = [kmeans(x, k, seed=seed + number, restarts=restarts) for number in range(max(2, repeats))]
+        labels = [nearest(x, fit.centres) for fit in fits]
         halves = []
         for left in splits:
-            parts = [kmeans(pool.x[side], k, seed=seed, restarts=restarts).centres for side in (left, ~left)]
-            halves.append(_agreement(*(nearest(pool.x, centres) for centres in parts)))
+            parts = [kmeans(x[side], k, seed=seed, restarts=restarts).centres for side in (left, ~left)]
+            halves.append(_agreement(*(nearest(x, centres) for centres in parts)))
         rows.append(
             KRow(
                 k=k,
                 inertia=fits[0].inertia,
-                silhouette=_silhouette(pool.x[sample], labels[0][sample]),
+                silhouette=_silhouette(x[sample], labels[0][sample]),
                 halves=float(np.mean(halves)),
                 halves_sd=float(np.std(halves, ddof=1)) if len(halves) > 1 else float("nan"),
                 seeds=float(np.mean([_agreement(a, b) for a, b in combinations(labels, 2)])),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mil.bag import Bag, Batch
-from mil.prototypes.rows import Rows, TensorRows
+from mil.prototypes.rows import Rows, ScaledRows, TensorRows
 from wsi.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Embedder(ABC):
     ) -> list[Found]:
         slides = _slides(tiles)
         with torch.autocast(slides[0].device.type, enabled=False):  # sums of squares want more than half precision
-            return [function(TensorRows(x), self.centres(x, prototypes)) for x in slides]
+            return [function(self.rows(TensorRows(x), prototypes), self.centres(x, prototypes)) for x in slides]
 
     def centres(self, x: Tensor, prototypes: "Prototypes | Tensor | None") -> Tensor:
         """(K, D) centres that fit the (N, D) vectors ``x``, where they are."""
@@ -117,7 +117,16 @@ class Embedder(ABC):
             raise UsageError(
                 f"the prototypes are {tuple(found.shape)}, the tiles' vectors {x.shape[1]} long; are both of one encoder?"
             )
-        return found.float().to(x.device)
+        found = found.float().to(x.device)
+        scale = None if isinstance(prototypes, Tensor) else prototypes.scale_tensor
+        return found if scale is None else found / scale.to(x.device)
+
+    def rows(self, rows: Rows, prototypes: "Prototypes | Tensor | None") -> Rows:
+        """The rows in the scale of the prototypes, where the method needs these and they have one."""
+        if not self.needs_prototypes or prototypes is None or isinstance(prototypes, Tensor):
+            return rows
+        scale = prototypes.scale_tensor
+        return rows if scale is None else ScaledRows(rows, scale)
 
     @property
     def hyper(self) -> dict[str, Any]:

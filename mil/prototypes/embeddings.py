@@ -221,8 +221,8 @@ def _embed_slide(
         if not replace:
             raise
     with Lease(store.root / ".locks", key), torch.inference_mode():
-        rows = rows_of(source, key)
-        centres = method.centres(next(iter(rows)), prototypes)
+        stored = rows_of(source, key)
+        rows, centres = method.rows(stored, prototypes), method.centres(next(iter(stored)), prototypes)
         parts = {part: value.numpy() for part, value in method.slide(rows, centres).items()}
         write_embedding(store, slide, name, facts, parts, replace=replace)
     return "done", key

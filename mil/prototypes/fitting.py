@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import get_args
 
 import numpy as np
 import torch
 
-from mil.prototypes.kmeans import MINIBATCH_TILES, kmeans, kmeans_torch
+from mil.prototypes.kmeans import MINIBATCH_TILES, Scale, kmeans, kmeans_torch, scale_of
 from mil.prototypes.prototypes import Prototypes
 from mil.prototypes.tiles import Balance, HasSlides, TilePool, draw_tiles
 from mil.train import pick_device
@@ -26,6 +27,7 @@ def fit_prototypes(
     restarts: int = RESTARTS,
     n_tiles: int = N_TILES,
     balance: Balance = "slides",
+    scale: Scale = "none",
     device: str = "auto",
     done: Callable[[str], None] | None = None,
 ) -> Prototypes:
@@ -40,6 +42,8 @@ def fit_prototypes(
         seed: of the draw of tiles and of the starts of k-means.
         restarts: starts of k-means, of which the best is kept.
         n_tiles, balance, done: as for ``draw_tiles``.
+        scale: ``"standard"`` divides each feature by its deviation before distances are taken, here and wherever the prototypes
+            are used; ``"none"``, as published, takes the features as they are.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU, where there is one, for pools that a CPU would take in mini-batches.
 
     Raises:
@@ -55,23 +59,29 @@ def fit_prototypes(
         raise UsageError(
             f"{len(pool)} tiles of {len(pool.slides)} slides are too few, or too alike, for {k} prototypes"
         )
+    if scale not in get_args(Scale):
+        raise UsageError(f"scale is one of {', '.join(get_args(Scale))}, not {scale!r}")
+    divisor = scale_of(pool.x, scale)
+    x = pool.x if divisor is None else pool.x / divisor
     chosen = pick_device(device)
     if device == "auto" and len(pool) <= MINIBATCH_TILES:
         chosen = torch.device("cpu")  # exact there, and the same bits every time
     if chosen.type == "cpu":
-        found = kmeans(pool.x, k, seed=seed, restarts=restarts)
+        found = kmeans(x, k, seed=seed, restarts=restarts)
     else:
-        found = kmeans_torch(torch.from_numpy(pool.x).to(chosen), k, seed=seed, restarts=restarts)
+        found = kmeans_torch(torch.from_numpy(x).to(chosen), k, seed=seed, restarts=restarts)
     provenance = {
         "k": k,
         "seed": seed,
         "restarts": restarts,
+        "scale": scale,
         **pool.provenance,
         "method": found.method,
         "inertia": found.inertia,
         "software": {name: version(name) for name in ("numpy", "scikit-learn", "torch")},
     }
-    return Prototypes(found.centres, found.counts / len(pool), pool.features, provenance)
+    centres = found.centres if divisor is None else found.centres * divisor
+    return Prototypes(centres, found.counts / len(pool), pool.features, provenance, divisor)
 
 
 def _differ(x: np.ndarray, k: int) -> bool:

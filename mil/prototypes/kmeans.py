@@ -4,7 +4,7 @@ Lloyd: Least Squares Quantization in PCM, IEEE TIT 1982; Arthur, Vassilvitskii: 
 K-Means Clustering, WWW 2010 (mini-batches).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-__all__ = ["MINIBATCH_TILES", "Clusters", "kmeans", "kmeans_torch", "lloyd", "nearest"]
+__all__ = ["MINIBATCH_TILES", "Clusters", "Scale", "kmeans", "kmeans_torch", "lloyd", "nearest", "scale_of"]
+
+Scale = Literal["none", "standard"]
 
 MINIBATCH_TILES = 400_000  # more than this, and a CPU takes mini-batches
 _BATCH = 16_384
@@ -93,6 +95,30 @@ def nearest(x: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.
     rows, points = torch.from_numpy(np.asarray(x, np.float32)), torch.from_numpy(np.array(centres, np.float32))
     origin = points.mean(0)
     return _assign(rows, origin, points - origin)[0].numpy()
+
+
+def scale_of(x: NDArray[np.float32], scale: Scale) -> NDArray[np.float32] | None:
+    """(D,) what to divide each feature of (n, D) tiles by: its deviation for ``"standard"`` (1 where it is constant); or None.
+
+    A few features of great variance decide otherwise which prototype is the nearest, and those of an encoder that is
+    not normalised differ a hundredfold.
+    """
+    if scale == "none":
+        return None
+    deviation = np.sqrt(_variance(x)).astype(np.float32)
+    return np.where(deviation > 0, deviation, np.float32(1))
+
+
+def _variance(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(D,) summed about the first row's values, block by block, so that a large pool is never copied as a whole."""
+    origin = x[0].astype(np.float64)
+    total, squares = np.zeros_like(origin), np.zeros_like(origin)
+    for start in range(0, len(x), _BLOCK_ROWS):
+        y = x[start : start + _BLOCK_ROWS] - origin
+        total += y.sum(0)
+        squares += np.square(y).sum(0)
+    mean = total / len(x)
+    return np.maximum(squares / len(x) - mean**2, 0)
 
 
 def _assign(x: Tensor, origin: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

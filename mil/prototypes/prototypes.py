@@ -43,6 +43,8 @@ class Prototypes:
     Attributes:
         centres: (K, D) float32.
         shares: (K,) float64, share of the tiles they were fitted on that is nearest to each; sums to one.
+        scale: (D,) float32, what each feature is divided by before distances are taken; None where they are taken as they
+            are. Centres are in the features' own units all the same.
         features: of what tiles they are, as ``BagSource.facts``: encoder, weights, dim, mpp, tile_px; empty for arrays.
         provenance: how they were fitted, as JSON: seed, method, restarts, tiles, slides, and so on.
 
@@ -54,6 +56,7 @@ class Prototypes:
     shares: NDArray[np.float64]
     features: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    scale: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         centres = np.array(self.centres, np.float32)
@@ -62,7 +65,13 @@ class Prototypes:
             raise UsageError(f"prototypes are finite vectors (K, D), not {centres.shape}")
         if shares.shape != centres.shape[:1] or not abs(shares.sum() - 1) < 1e-6 or shares.min() < 0:
             raise UsageError(f"{len(centres)} prototypes need as many shares that sum to one, not {shares}")
-        for name, array in (("centres", centres), ("shares", shares)):
+        arrays: list[tuple[str, NDArray[Any]]] = [("centres", centres), ("shares", shares)]
+        if self.scale is not None:
+            scale = np.array(self.scale, np.float32)
+            if scale.shape != centres.shape[1:] or not np.isfinite(scale).all() or scale.min() <= 0:
+                raise UsageError(f"a scale is {centres.shape[1]} finite numbers above 0, not {scale}")
+            arrays.append(("scale", scale))
+        for name, array in arrays:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
 
@@ -87,8 +96,11 @@ class Prototypes:
 
     @cached_property
     def digest(self) -> str:
-        """32 hex digits of the centres' bytes: equal for equal prototypes, whoever fitted them."""
-        return hashlib.sha256(f"{self.dim}:{rows_digest(self.centres)}".encode()).hexdigest()[:32]
+        """32 hex digits of the bytes of centres and scale: equal for equal prototypes, whoever fitted them."""
+        words = f"{self.dim}:{rows_digest(self.centres)}"
+        if self.scale is not None:
+            words += f":{rows_digest(self.scale)}"
+        return hashlib.sha256(words.encode()).hexdigest()[:32]
 
     @cached_property
     def tensor(self) -> "Tensor":
@@ -96,6 +108,13 @@ class Prototypes:
         import torch
 
         return torch.from_numpy(self.centres.copy())
+
+    @cached_property
+    def scale_tensor(self) -> "Tensor | None":
+        """The scale as a (D,) tensor."""
+        import torch
+
+        return None if self.scale is None else torch.from_numpy(self.scale.copy())
 
     def check(self, features: Mapping[str, Any], *, where: str) -> None:
         """Refuse features that differ from those the prototypes were fitted on.
@@ -126,8 +145,13 @@ class Prototypes:
             try:
                 staging.mkdir()
                 arrays = {}
-                for name, rows in (("centres", self.centres), ("shares", self.shares)):
-                    names = ("prototype", "feature")[: rows.ndim]
+                written: list[tuple[str, tuple[str, ...], NDArray[Any]]] = [
+                    ("centres", ("prototype", "feature"), self.centres),
+                    ("shares", ("prototype",), self.shares),
+                ]
+                if self.scale is not None:
+                    written.append(("scale", ("feature",), self.scale))
+                for name, names, rows in written:
                     array = create_array(staging / name, rows.shape, rows.dtype.str, names)
                     array[:] = rows
                     arrays[name] = array_facts(array, [rows_digest(rows)])
@@ -177,7 +201,7 @@ class Prototypes:
             if array_facts(array) != promised:
                 raise StoreCorruptError(f"{path}: {name} are not those that were written; fit the prototypes again")
             read[name] = read_rows(array, slice(0, array.shape[0]))
-        return cls(read["centres"], read["shares"], manifest["features"], manifest["provenance"])
+        return cls(read["centres"], read["shares"], manifest["features"], manifest["provenance"], read.get("scale"))
 
     def __repr__(self) -> str:
         return f"<Prototypes {self.k} × {self.dim}, {' and '.join(self.encoders) or 'of arrays'}, {self.digest[:8]}>"

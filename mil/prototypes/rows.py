@@ -10,7 +10,7 @@ from torch import Tensor
 from features.arrays import read_rows, row_blocks
 from features.store import GOOD, Features
 
-__all__ = ["Rows", "StoredRows", "TensorRows"]
+__all__ = ["Rows", "ScaledRows", "StoredRows", "TensorRows"]
 
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of float32: what stays in a core's cache; what fills a GPU
 
@@ -43,6 +43,25 @@ class TensorRows:
 
     def whole(self) -> Tensor:
         return self.x
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledRows:
+    """Other rows, each feature divided by its number of ``scale`` (D,)."""
+
+    rows: Rows
+    scale: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for block in self.rows:
+            yield block / self.scale.to(block.device)
+
+    def whole(self) -> Tensor:
+        whole = self.rows.whole().float()
+        return whole / self.scale.to(whole.device)
 
 
 @dataclass(frozen=True, eq=False)

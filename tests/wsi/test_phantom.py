@@ -515,6 +515,18 @@ def test_more_levels_than_pixels_are_refused(tmp_path: Path) -> None:
         write_svs(tmp_path / "a.svs", PhantomSpec(64, 64), levels=(1, 128))
 
 
+def test_kinds_of_tissue_share_the_tissue_out_and_tumour_lies_on_top() -> None:
+    phantom = Phantom(PhantomSpec(5120, 5120, mpp=0.5, seed=3, tissue_fraction=0.5, tumour=0.2, n_holes=1))
+    kinds = phantom.kinds
+    assert set(kinds) == {"submucosa", "muscle", "fat", "mucosa", "lymphoid", "tumour"}
+    together = shapely.union_all(list(kinds.values()))
+    assert sum(region.area for region in kinds.values()) == pytest.approx(together.area, rel=1e-6)
+    assert together.symmetric_difference(phantom.tissue).area < 1e-4 * phantom.tissue.area
+    assert kinds["tumour"].symmetric_difference(phantom.tumour).area < 1
+    assert set(Phantom(PhantomSpec(512, 512, tissue_fraction=0.3)).kinds) == {"mucosa"}
+    assert Phantom(PhantomSpec(512, 512, n_pieces=0)).kinds == {}
+
+
 def test_importing_it_opens_no_codec() -> None:
     code = "import sys, wsi.phantom; assert not {'tifffile', 'imagecodecs', 'openslide'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
