@@ -26,6 +26,7 @@ def prototypes() -> None:
     \b
     wsi prototypes fit OUT --encoder uni2-h --slides train.csv --out prototypes.zarr
     wsi prototypes embed OUT --prototypes prototypes.zarr
+    wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/
     """
 
 
@@ -193,6 +194,102 @@ def embed(
     _say(console, f"{report.name}: {counts}")
     if report.failed:
         return 3 if report.done or report.skipped else 4
+    return 0
+
+
+@prototypes.command(context_settings=_HELP)
+@click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--prototypes", "path", required=True, type=click.Path(path_type=Path), help="Made by wsi prototypes fit."
+)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder; is made.")
+@click.option(
+    "--slides",
+    "table",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="CSV of the slides to look at: column slide.  [default: all]",
+)
+@click.option(
+    "--labels",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="CSV of what is known of slides: columns slide, patient, and that of --target.",
+)
+@click.option("--target", help="Column of --labels to compare prototypes with; for survival the time.")
+@click.option("--event", help="Column of --labels that says whether the event was seen; makes --target survival.")
+@click.option(
+    "--tiles", "n_near", type=click.IntRange(1, 64), default=12, show_default=True, help="Tiles on each contact sheet."
+)
+@click.option(
+    "--per-slide", type=click.IntRange(1, 2), default=1, show_default=True, help="How many of them one slide may give."
+)
+@click.option("--maps/--no-maps", default=True, show_default=True, help="A map of each slide, as picture and GeoJSON.")
+def show(
+    store: Path,
+    path: Path,
+    out: Path,
+    table: Path | None,
+    labels: Path | None,
+    target: str | None,
+    event: str | None,
+    n_near: int,
+    per_slide: int,
+    maps: bool,
+) -> int:
+    """Draw what each prototype looks like, and where and how much of it slides have.
+
+    \b
+    prototypes.png       all prototypes, a row each: the tiles nearest to it, of different slides
+    sheets/              the same larger, one prototype each, with the slide and the distance of every tile
+    maps/SLIDE.jpg       which prototype each tile belongs to, over the slide
+    maps/SLIDE.geojson   the same for QuPath: drag it onto the slide
+    shares.csv, .png     how much of each prototype each slide has
+    cohort.png           slides × prototypes, like ones side by side
+    outcome.csv          with --labels and --target: which prototypes go with it, p corrected for their number
+
+    Pixels are read from the slides where OUT says they were. Exit code 0: all is drawn. 3: pixels of some slides could not be
+    read; 4: of none. Everything else is drawn all the same.
+
+    \b
+    wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/
+    wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/ --labels cohort.csv --target subtype
+    """
+    console = PatientConsole()
+    if (labels is None) != (target is None) or (event is not None and target is None):
+        raise click.UsageError("--labels and --target go together (and --event only with them)")
+    with console.status("loading …"):
+        from mil.cohort import Cohort
+        from mil.prototypes import Prototypes, SlideSet, outcome_table, survey_slides
+        from mil.prototypes.pictures import draw_charts, draw_maps, draw_sheets
+        from mil.target import Labels
+
+        fitted = Prototypes.load(path)
+        if len(fitted.encoders) != 1:
+            raise click.UsageError(
+                f"{path}: fitted on arrays, or on several encoders' features; a store has none like them"
+            )
+        slides = SlideSet.from_store(store, fitted.encoders[0], table)
+        cohort = None
+        if labels is not None and target is not None:
+            cohort = Cohort.from_store(store, labels, Labels(target, event=event), encoder=fitted.encoders[0])
+    for left in slides.left_out:
+        _say(console, f"{left.slide}: left out, {left.reason}")
+    with _Bar(console, "reading features", len(slides.slides), "slides") as bar:
+        survey = survey_slides(slides, fitted, n_near=n_near, per_slide=per_slide, done=lambda _: bar.step())
+    found = None if cohort is None else outcome_table(survey, cohort)
+    with _Bar(console, "reading tiles", len({tile.slide for near in survey.nearest for tile in near}), "slides") as bar:
+        failed = draw_sheets(survey, slides.source, out, done=lambda _: bar.step())
+    draw_charts(survey, out, cohort)
+    if maps:
+        with _Bar(console, "maps", len(slides.slides), "slides") as bar:
+            failed |= draw_maps(survey, slides.source, out, done=lambda _: bar.step())
+    for slide, reason in failed.items():
+        _say(console, f"{slide}: drawn without its pixels, {reason}")
+    if found is not None:
+        found.write(out / "outcome.csv")
+        _say(console, str(found))
+    _say(console, f"{fitted.k} prototypes in {len(survey.slides)} slides, {int(survey.n_tiles.sum())} tiles: {out}")
+    if failed:
+        return 4 if len(failed) == len(survey.slides) else 3
     return 0
 
 

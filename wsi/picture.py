@@ -12,7 +12,7 @@ from wsi.grid import TileGrid
 from wsi.readers.base import Pixels
 from wsi.slide import Overview
 
-__all__ = ["draw_overview", "jpeg_bytes"]
+__all__ = ["draw_overview", "jpeg_bytes", "png_bytes"]
 
 _OUTLINE = (20, 130, 60)
 _TILE = (30, 80, 200)
@@ -54,6 +54,15 @@ def jpeg_bytes(image: Pixels, *, quality: int = 88) -> bytes:
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def png_bytes(image: Pixels) -> bytes:
+    """The picture as a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 

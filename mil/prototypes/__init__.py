@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from mil.prototypes.embeddings import Embeddings, EmbedReport, embed_slides
     from mil.prototypes.fitting import fit_prototypes
     from mil.prototypes.h2t import H2T
+    from mil.prototypes.maps import PrototypeMap, map_slide
     from mil.prototypes.moments import Mean, MeanVariance
     from mil.prototypes.ot import OptimalTransport
+    from mil.prototypes.outcomes import OutcomeTable, outcome_table
     from mil.prototypes.panther import Mixture, Panther
     from mil.prototypes.prototypes import Prototypes
     from mil.prototypes.quantiles import Quantiles
+    from mil.prototypes.survey import Survey, survey_slides
     from mil.prototypes.tiles import SlideSet, TilePool, draw_tiles
 
 __all__ = [
@@ -35,18 +38,24 @@ __all__ = [
     "MeanVariance",
     "Mixture",
     "OptimalTransport",
+    "OutcomeTable",
     "Panther",
     "ProtoCounts",
+    "PrototypeMap",
     "Prototypes",
     "Quantiles",
     "SlideSet",
     "SlideVectors",
+    "Survey",
     "TilePool",
     "build_embedder",
     "draw_tiles",
     "embed_slides",
     "fit_prototypes",
+    "map_slide",
+    "outcome_table",
     "report_k",
+    "survey_slides",
 ]
 
 # Loaded when first asked for, so that `import mil.prototypes` does not wait for torch.
@@ -59,10 +68,13 @@ _HOME = {
     "fit_prototypes": "mil.prototypes.fitting",
     "H2T": "mil.prototypes.h2t",
     **dict.fromkeys(("Mean", "MeanVariance"), "mil.prototypes.moments"),
+    **dict.fromkeys(("PrototypeMap", "map_slide"), "mil.prototypes.maps"),
     "OptimalTransport": "mil.prototypes.ot",
+    **dict.fromkeys(("OutcomeTable", "outcome_table"), "mil.prototypes.outcomes"),
     **dict.fromkeys(("Mixture", "Panther"), "mil.prototypes.panther"),
     "Prototypes": "mil.prototypes.prototypes",
     "Quantiles": "mil.prototypes.quantiles",
+    **dict.fromkeys(("Survey", "survey_slides"), "mil.prototypes.survey"),
     **dict.fromkeys(("SlideSet", "TilePool", "draw_tiles"), "mil.prototypes.tiles"),
 }
 

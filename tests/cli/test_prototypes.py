@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cli.main import wsi
 from cli.run import _run
@@ -66,6 +67,8 @@ def test_a_report_fits_nothing(
         (["embed", "OUT", "--method", "h2t"], "h2t needs prototypes"),
         (["embed", "OUT", "--set", "tau"], "write KEY=VALUE"),
         (["embed", "OUT", "--set", "tou=1"], "did you mean tau"),
+        (["show", "OUT", "--prototypes", "p.zarr", "--out", "o", "--target", "x"], "--labels and --target go together"),
+        (["show", "OUT", "--prototypes", "p.zarr", "--out", "o"], "make them with wsi prototypes fit"),
     ],
 )
 def test_what_makes_no_sense_is_said_in_a_line_with_exit_code_2(
@@ -95,6 +98,39 @@ def test_slides_that_fail_are_named_and_counted(
 def test_a_method_without_prototypes_needs_none(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(monkeypatch, "embed", out, "--method", "mean-variance", "--name", "moments") == 0
     assert FeatureStore(out).slide("s002.svs").embeddings == ("moments",)
+
+
+def test_what_can_be_drawn_without_the_slides_is_drawn_and_the_outcome_is_told(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, table = tmp_path / "p.zarr", tmp_path / "cohort.csv"
+    assert call(monkeypatch, "fit", out, "--k", 3, "--out", made) == 0
+    words = ["show", out, "--prototypes", made, "--labels", table]
+    assert call(monkeypatch, *words, "--target", "subtype", "--out", tmp_path / "drawn") == 4
+    said = capsys.readouterr().out
+    assert said.count("drawn without its pixels") == 8
+    assert "subtype: Mann-Whitney, 6 patients; effect: chance that lusc has more" in said
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
+        "prototypes.png", "sheets", "maps", "shares.csv", "shares.png", "cohort.png", "outcome.csv",
+    }  # fmt: skip
+    assert call(monkeypatch, *words, "--target", "months", "--event", "died", "--no-maps", "--out", tmp_path / "o") == 4
+    assert "months: Cox" in capsys.readouterr().out
+    assert not (tmp_path / "o" / "maps").exists()
+
+
+def test_only_slides_whose_pixels_are_gone_make_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.full((160, 200, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    x = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+    write_store(tmp_path / "OUT", {str(tmp_path / "a.png"): x, str(tmp_path / "b.png"): x + 1})
+    assert call(monkeypatch, "fit", tmp_path / "OUT", "--k", 2, "--scale", "standard", "--out", tmp_path / "p") == 0
+    show = ["show", tmp_path / "OUT", "--prototypes", tmp_path / "p", "--out", tmp_path / "drawn"]
+    assert call(monkeypatch, *show) == 3
+    assert "b.png" in next(line for line in capsys.readouterr().out.splitlines() if "without its pixels" in line)
+    (tmp_path / "s.csv").write_text(f"slide\n{tmp_path / 'a.png'}\n")
+    assert call(monkeypatch, *show, "--slides", tmp_path / "s.csv") == 0
+    assert "2 prototypes in 1 slides, 12 tiles" in capsys.readouterr().out
 
 
 def test_help_says_what_prototypes_are_and_how_to_go_on(

@@ -39,7 +39,7 @@ def test_a_quiet_feature_is_heard_where_all_count_alike_and_only_there() -> None
     x, kind = loud()
     right = {}
     for scale in ("none", "standard"):
-        fitted = fit_prototypes(pool_of(x), 2, scale=scale)  # type: ignore[arg-type]
+        fitted = fit_prototypes(pool_of(x), 2, scale=scale)
         memberships = EMBEDDERS["protocounts"]().assign(torch.from_numpy(x), fitted)
         right[scale] = agreement(kind, memberships[0].argmax(1).numpy())
         assert fitted.provenance["scale"] == scale
