@@ -10,6 +10,7 @@ from cli.predict import predict
 from cli.prototypes import prototypes
 from cli.remove import gc, remove
 from cli.run import EXIT_CODES, run
+from cli.search import search
 from cli.segment import segment
 from cli.slide_encoder import slide_encoder
 from cli.train import train
@@ -27,7 +28,7 @@ def wsi() -> None:
 
 
 for verb in (
-    extract, train, tune, predict, prototypes, slide_encoder, segment,
+    extract, train, tune, predict, prototypes, search, slide_encoder, segment,
     encoders, info, phantom, verify, remove, gc,
 ):  # fmt: skip
     wsi.add_command(verb)

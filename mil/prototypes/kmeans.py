@@ -118,7 +118,7 @@ def _variance(x: NDArray[np.float32]) -> NDArray[np.float64]:
         total += y.sum(0)
         squares += np.square(y).sum(0)
     mean = total / len(x)
-    return np.maximum(squares / len(x) - mean**2, 0)
+    return np.asarray(np.maximum(squares / len(x) - mean**2, 0))
 
 
 def _assign(x: Tensor, origin: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
