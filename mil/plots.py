@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mil.metrics import measure
 from mil.predictions import Predictions
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
     from mil.train import Epoch
 
-__all__ = ["calibration", "confusion", "kaplan_meier", "learning_curves", "precision_recall", "roc"]
+__all__ = [
+    "calibration",
+    "confusion",
+    "kaplan_meier",
+    "learning_curves",
+    "precision_recall",
+    "roc",
+    "split_survival",
+]
 
 _INCHES = (5.0, 4.6)
 _BINS = 10
@@ -96,33 +105,48 @@ def kaplan_meier(predictions: Predictions) -> "Figure":
             f"Kaplan-Meier curves are for survival; {predictions.target.name} is {predictions.target.kind}"
         )
     predictions = predictions.known
+    figure, p = split_survival(
+        predictions.score, predictions.y, predictions.event, of="risk", time=predictions.target.name
+    )
+    if p is not None:
+        title = f"log-rank p = {p:.2g}, c-index {measure(predictions)['c_index']:.3f}"
+        figure.axes[0].set_title(title, fontsize=10)
+    return figure
+
+
+def split_survival(
+    value: NDArray[np.float64], y: NDArray[np.float64], event: NDArray[np.bool_], *, of: str, time: str = "time"
+) -> "tuple[Figure, float | None]":
+    """Kaplan-Meier curves of the half with lower and the half with higher values, parted at the median; and the log-rank p.
+
+    Args:
+        value, y, event: (n,) what parts them, time, and whether the event was seen.
+        of: what the values are; ``time``, what the times are, with their unit.
+
+    Returns:
+        The figure, and p; None where all have one value and there is nothing to part.
+    """
     from lifelines import KaplanMeierFitter
     from lifelines.statistics import logrank_test
 
-    high = predictions.score > np.median(predictions.score)
-    figure, axes = _figure(predictions.target.name, "share without the event")
-    for name, group, color in (("lower risk", ~high, "tab:blue"), ("higher risk", high, "tab:red")):
+    high = value > np.median(value)
+    figure, axes = _figure(time, "share without the event")
+    for name, group, color in ((f"lower {of}", ~high, "tab:blue"), (f"higher {of}", high, "tab:red")):
         if not group.any():
             continue
-        fitted = KaplanMeierFitter().fit(predictions.y[group], predictions.event[group])
+        fitted = KaplanMeierFitter().fit(y[group], event[group])
         times = fitted.survival_function_.index.to_numpy()
-        axes.step(
-            times,
-            fitted.survival_function_.to_numpy()[:, 0],
-            where="post",
-            color=color,
-            label=f"{name} (n = {group.sum()})",
-        )
+        curve = fitted.survival_function_.to_numpy()[:, 0]
+        axes.step(times, curve, where="post", color=color, label=f"{name} (n = {group.sum()})")
         band = fitted.confidence_interval_.to_numpy()
         axes.fill_between(times, band[:, 0], band[:, 1], step="post", color=color, alpha=0.15, lw=0)
+    p = None
     if high.any() and (~high).any():
-        test = logrank_test(
-            predictions.y[high], predictions.y[~high], predictions.event[high], predictions.event[~high]
-        )
-        axes.set_title(f"log-rank p = {test.p_value:.2g}, c-index {measure(predictions)['c_index']:.3f}", fontsize=10)
+        p = float(logrank_test(y[high], y[~high], event[high], event[~high]).p_value)
+        axes.set_title(f"log-rank p = {p:.2g}", fontsize=10)
     axes.set_ylim(0, 1.02)
     axes.legend(loc="lower left", frameon=False)
-    return figure
+    return figure, p
 
 
 def learning_curves(curves: Sequence[Sequence["Epoch"]]) -> "Figure":

@@ -63,7 +63,7 @@ class SlideSearch:
         Args:
             metric: ``"cosine"`` of the vectors as they are; ``"centred"``, of the vectors less their mean over slides, which
                 tells apart what vectors of a common direction hide; ``"prototypes"``, for PANTHER: Σ √(π·π') cos(μ, μ') over
-                prototypes, each μ less its mean over slides, so that what both slides have much of counts most.
+                prototypes, each μ less the mean of all tissue: what both slides have much of counts most.
             index: ``"exact"`` compares with every slide; ``"hnsw"`` needs the optional FAISS; ``"auto"`` takes it past 10⁴
                 slides where it is installed.
 
@@ -225,7 +225,11 @@ def _centred(embeddings: Embeddings) -> NDArray[np.float32]:
 
 
 def _by_prototype(embeddings: Embeddings) -> NDArray[np.float32]:
-    """√π times the direction of μ from its mean over slides, prototype by prototype, (S, K·D)."""
+    """√π times the direction of μ from the mean of all tissue, prototype by prototype, (S, K·D).
+
+    From the mean of all tissue, not of its own prototype: of that only the noise would be left where slides differ by how much
+    they have of what, and a prototype of few tiles is all noise.
+    """
     shapes = embeddings.shapes
     if len(shapes.get("importance", ())) != 1 or len(shapes.get("mean", ())) != 2:
         raise UsageError(
@@ -234,8 +238,7 @@ def _by_prototype(embeddings: Embeddings) -> NDArray[np.float32]:
         )
     importance = embeddings.part("importance").astype(np.float64)  # (S, K)
     mean = embeddings.part("mean")  # (S, K, D)
-    weight = importance / np.maximum(importance.sum(axis=0), np.finfo(float).tiny)
-    centre = np.einsum("sk,skd->kd", weight, mean)
+    centre = np.einsum("sk,skd->d", importance, mean) / importance.sum()
     direction = _unit(mean - centre.astype(np.float32))
     share = np.sqrt(importance / importance.sum(axis=1, keepdims=True))
     return np.asarray(direction * share[..., None], np.float32).reshape(len(embeddings), -1)

@@ -24,6 +24,26 @@ def pictures(notebook: Any) -> int:
     return sum("image/jpeg" in out.get("data", ()) for out in outputs(notebook, "display_data"))
 
 
+def attention_finds_the_tumour(said: str) -> None:
+    ranks = [float(value) for value in re.findall(r"AUROC of attention (\d\.\d+)", said)]
+    assert ranks
+    assert min(ranks) > 0.9
+    assert "tiles matter more than any" in said
+
+
+def prototypes_are_the_kinds_of_tissue(said: str) -> None:
+    (pure,) = re.findall(r"adjusted Rand index (\d\.\d+) over \d+ tiles of one kind", said)
+    assert float(pure) >= 0.8
+    (tumour,) = re.findall(r"correlation of prototype \d+ with the true share of tumour: (-?\d\.\d+)", said)
+    assert float(tumour) > 0.9
+    (found,) = re.findall(r"precision@1 +(\d\.\d+)", said)
+    assert float(found) > 0.7
+
+
+# What the printed words of each have to show.
+PROMISES = {"mil.ipynb": attention_finds_the_tumour, "prototypes.ipynb": prototypes_are_the_kinds_of_tissue}
+
+
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.name)
 def notebook(request: Any) -> Any:
     """As committed; and as it is after a run in a folder of its own."""
@@ -39,7 +59,7 @@ def test_what_is_committed_was_run_in_order_and_is_small(notebook: Any) -> None:
 
 
 def test_a_notebook_runs_and_shows_what_is_committed(
-    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
@@ -49,7 +69,4 @@ def test_a_notebook_runs_and_shows_what_is_committed(
     client.execute()
     assert [out.text for out in outputs(run, "stream") if out.name == "stderr"] == []
     assert pictures(run) == pictures(notebook) > 0
-    ranks = [float(value) for value in re.findall(r"AUROC of attention (\d\.\d+)", printed(run))]
-    assert ranks
-    assert min(ranks) > 0.9
-    assert "tiles matter more than any" in printed(run)
+    PROMISES[request.node.callspec.params["notebook"].name](printed(run))

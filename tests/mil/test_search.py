@@ -55,7 +55,7 @@ class TestMetrics:
         mean = [[[2, 0], [0, 3]], [[2, 0], [0, -3]], [[2, 0], [0, 3]], [[-3, 1], [1, 0]]]
         embeddings = mixtures(importance, mean)
         pi, mu = np.array(importance), np.array(mean, float)
-        centre = (pi[..., None] * mu).sum(0) / pi.sum(0)[:, None]
+        centre = (pi[..., None] * mu).sum((0, 1)) / pi.sum()
         u = mu - centre
         u /= np.linalg.norm(u, axis=2, keepdims=True)
         expected = np.einsum("sk,tk,skd,tkd->st", np.sqrt(pi), np.sqrt(pi), u, u)
@@ -107,7 +107,7 @@ class TestEvaluation:
         patients = dict(zip(search.slides, "abcde", strict=True))
         report = evaluate_search(search, labels, patients, ks=(1, 2))
         # Of other patients, nearest first: s0 finds y x x x, s2 finds x y x x, s3 and s4 find x x y x. Nobody shares y.
-        ap = [np.mean([1 / 2, 2 / 3, 3 / 4]), np.mean([1, 2 / 3, 3 / 4]), *[np.mean([1, 1, 3 / 4])] * 2]
+        ap = [(1 / 2 + 2 / 3 + 3 / 4) / 3, (1 + 2 / 3 + 3 / 4) / 3, *[(1 + 1 + 3 / 4) / 3] * 2]
         first = [[0, 0.5], [1, 0.5], [1, 1], [1, 1]]
         assert report.metrics["mAP"].value == pytest.approx(np.mean(ap))
         assert [report.metrics[f"precision@{k}"].value for k in (1, 2)] == pytest.approx(np.mean(first, axis=0))
