@@ -69,9 +69,7 @@ def test_every_method_measures_as_if_tiles_and_centres_had_been_divided_before(n
     torch.testing.assert_close(
         method.embed(tiles, fitted).vector, method.embed(tiles / fitted.scale_tensor, divided).vector
     )
-    torch.testing.assert_close(
-        method.assign(tiles, fitted), method.assign(tiles / fitted.scale_tensor, divided)
-    )
+    torch.testing.assert_close(method.assign(tiles, fitted), method.assign(tiles / fitted.scale_tensor, divided))
 
 
 def test_methods_without_prototypes_take_features_as_they_are() -> None:
