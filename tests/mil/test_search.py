@@ -108,7 +108,7 @@ class TestEvaluation:
         report = evaluate_search(search, labels, patients, ks=(1, 2))
         # Of other patients, nearest first: s0 finds y x x x, s2 finds x y x x, s3 and s4 find x x y x. Nobody shares y.
         ap = [(1 / 2 + 2 / 3 + 3 / 4) / 3, (1 + 2 / 3 + 3 / 4) / 3, *[(1 + 1 + 3 / 4) / 3] * 2]
-        first = [[0, 0.5], [1, 0.5], [1, 1], [1, 1]]
+        first = [[0.0, 0.5], [1.0, 0.5], [1.0, 1.0], [1.0, 1.0]]
         assert report.metrics["mAP"].value == pytest.approx(np.mean(ap))
         assert [report.metrics[f"precision@{k}"].value for k in (1, 2)] == pytest.approx(np.mean(first, axis=0))
         assert (report.n_queries, report.n_patients, report.n_alone) == (4, 4, 1)
