@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,22 +39,35 @@ from probes import (
 from real_bags import lung, lung_clinic
 from rich.console import Console
 from rich.table import Table
+from sklearn.metrics import adjusted_mutual_info_score
 
 from mil import Bag, Cohort, TrainConfig, compare
 from mil.cohort import Cases
 from mil.metrics import Interval, intervals, measure
 from mil.predictions import Predictions, stack
-from mil.prototypes import EMBEDDERS, Embedder, OptimalTransport, Panther, Prototypes, SlideSet, draw_tiles, fit_prototypes
+from mil.prototypes import (
+    EMBEDDERS,
+    Embedder,
+    OptimalTransport,
+    Panther,
+    Prototypes,
+    SlideSet,
+    draw_tiles,
+    fit_prototypes,
+)
 from mil.prototypes.choice import report_k
 from mil.splits import Fold, make_folds, validation_parts
 from mil.train import train_fold
 
 PARTS = ("probe", "why", "few-shot", "survival", "stability")
 KS = (4, 8, 16)
-EPS = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0)  # the features' mean variance is 4.5
+EPS = (0.1, 3.0, 10.0, 30.0, 100.0)  # the features' mean variance is 4.5
 POOL = 20_000  # regions that prototypes are fitted on
 DRAWS = 1000
 CONSOLE = Console(width=150)
+
+
+Way = Literal["raw", "unit length", "centred"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +75,15 @@ class Method:
     """An embedding with its prototypes.
 
     Attributes:
-        unit: regions are brought to length one first.
+        way: what is done to regions first: ``"raw"`` nothing; ``"unit length"``; ``"centred"`` takes the slide's mean off
+            them, so that prototypes are of what differs within slides, and adds it to the embedding's means again.
         part: of the embedding that is used; all of it by default.
         beside_mean: the mean of the slide's regions is put beside it.
     """
 
     embedder: Embedder
     k: int = 0
-    unit: bool = False
+    way: Way = "raw"
     part: str = ""
     beside_mean: bool = False
 
@@ -80,13 +94,20 @@ class Method:
             words.append(f"τ={self.embedder.tau:g} ε={self.embedder.eps:g}")
         if isinstance(self.embedder, OptimalTransport):
             words.append(f"ε={self.embedder.eps:g}")
-        words += [f"{self.part} alone"] * bool(self.part) + ["unit length"] * self.unit + [f"k={self.k}"] * bool(self.k)
+        words += [f"{self.part} alone"] * bool(self.part) + [self.way] * (self.way != "raw")
+        words += [f"k={self.k}"] * bool(self.k)
         return ("mean ⊕ " if self.beside_mean else "") + ", ".join(words)
 
 
 MEAN = Method(EMBEDDERS["mean"]())
-SETTINGS = tuple(Method(Panther(eps=eps), k) for k in KS for eps in EPS) + tuple(
-    Method(Panther(eps=eps), k, part="mean") for k in KS for eps in EPS[3:5]
+SETTINGS = tuple(
+    method
+    for k in KS
+    for method in (
+        *(Method(Panther(eps=eps), k) for eps in EPS),
+        *(Method(Panther(eps=eps), k, way="centred") for eps in (0.1, 10.0)),
+        Method(Panther(eps=30.0), k, part="mean"),
+    )
 )
 
 
@@ -122,21 +143,27 @@ class Lung:
         """(S,) class of each slide."""
         return self.cases.y[self.cases.owner]
 
-    def prototypes(self, fold: Fold, k: int, unit: bool = False) -> Prototypes:
+    def prototypes(self, fold: Fold, k: int, way: Way = "raw") -> Prototypes:
         """Fitted on the slides of the training part."""
-        key = fold.name, k, unit
+        key = fold.name, k, way
         if key not in self._fitted:
-            bags = [_ready(self.bags[i], unit) for i in self.cases.bags_of(fold.train)]
+            bags = [_ready(self.bags[i], way) for i in self.cases.bags_of(fold.train)]
             self._fitted[key] = fit_prototypes(SlideSet.from_bags(bags), k, n_tiles=POOL)
         return self._fitted[key]
 
     def vectors(self, method: Method, fold: Fold, bags: Sequence[Bag] | None = None) -> NDArray[np.float32]:
         """(S, E) of all slides, or of ``bags`` in their place."""
         bags = self.bags if bags is None else bags
-        prototypes = self.prototypes(fold, method.k, method.unit) if method.embedder.needs_prototypes else None
-        found = [method.embedder.embed(_ready(bag, method.unit), prototypes) for bag in bags]
-        rows = torch.cat([each[method.part].flatten(1) if method.part else each.vector for each in found]).numpy()
-        return np.concatenate([self.vectors(MEAN, fold, bags), rows], 1) if method.beside_mean else rows
+        prototypes = self.prototypes(fold, method.k, method.way) if method.embedder.needs_prototypes else None
+        rows = []
+        for bag in bags:
+            parts = dict(method.embedder.embed(_ready(bag, method.way), prototypes).parts)
+            if method.way == "centred":
+                parts["mean"] = parts["mean"] + bag.features.mean(0)
+            chosen = [parts[method.part]] if method.part else list(parts.values())
+            rows.append(torch.cat([part.flatten() for part in chosen]).numpy())
+        found = np.stack(rows)
+        return np.concatenate([self.vectors(MEAN, fold, bags), found], 1) if method.beside_mean else found
 
     def probe(self, method: Method, fold: Fold) -> Probed:
         key = method.title, fold.name
@@ -154,8 +181,10 @@ class Lung:
         )
 
 
-def _ready(bag: Bag, unit: bool) -> Bag:
-    return Bag(torch.nn.functional.normalize(bag.features, dim=1), None, bag.key) if unit else bag
+def _ready(bag: Bag, way: Way) -> Bag:
+    if way == "unit length":
+        return Bag(torch.nn.functional.normalize(bag.features, dim=1), None, bag.key)
+    return Bag(bag.features - bag.features.mean(0), None, bag.key) if way == "centred" else bag
 
 
 def table_of(title: str, *columns: str) -> Table:
@@ -172,35 +201,38 @@ def linear_probe(slides: Lung, quick: bool) -> list[Figure]:
         methods += [
             Method(Panther(), k),
             Method(Panther(tau=1.0, eps=1.0), k),
-            Method(Panther(), k, unit=True),
+            Method(Panther(), k, way="unit length"),
+            Method(Panther(), k, way="centred"),
             Method(Panther(), k, beside_mean=True),
             Method(OptimalTransport(eps=1.0), k),
             Method(EMBEDDERS["h2t"](), k),
             Method(EMBEDDERS["protocounts"](), k),
         ]
-        methods += [] if quick else [Method(OptimalTransport(), k)]
     if quick:
-        methods = [method for method in methods if method.embedder.name in ("panther", "ot", "quantiles")][:3]
+        methods = [Method(Panther(), 8), Method(Panther(), 8, way="centred")]
+    else:
+        methods.append(Method(OptimalTransport(), 8))
     rows = [(method.title, [slides.probe(method, fold) for fold in slides.folds]) for method in (MEAN, *methods)]
     if not quick:
         settings: list[tuple[str, Sequence[Method]]] = [
-            ("panther, k and ε chosen", [each for each in SETTINGS if not each.part]),
-            ("panther, k, ε and parts chosen", SETTINGS),
-            ("any of this table, chosen", (MEAN, *methods, *SETTINGS)),
+            ("panther, k and ε chosen", [each for each in SETTINGS if not each.part and each.way == "raw"]),
+            ("panther, k, ε, parts and centring chosen", SETTINGS),
+            ("any of all these, chosen", (MEAN, *methods, *SETTINGS)),
         ]
         rows += [(title, _chosen(slides, title, among)) for title, among in settings]
     base = stack([each.predictions for each in rows[0][1]])
     table = table_of(
         "Linear probe, 5 folds", "embedding", "AUROC, folds", "inner folds", "AUROC, pooled [95 %]", "more than mean [95 %]", "p"
     )  # fmt: skip
+    draws = DRAWS // 5 if quick else DRAWS
     plain, by_fold = mean_pool(slides.cohort, TrainConfig())
-    table.add_row("mean, C=1 as nsclc.py", _spread(by_fold), "", str(intervals(plain, draws=DRAWS)["auroc"]), "", "")
+    table.add_row("mean, C=1 as nsclc.py", _spread(by_fold), "", str(_auroc(plain, draws)), "", "")
     figures = [Figure("mean, C=1: AUROC, mean of folds", float(np.mean(by_fold)), "")]
     mean = 0.0
     for title, probed in rows:
         predictions = stack([each.predictions for each in probed])
         folds = [measure(each.predictions)["auroc"] for each in probed]
-        pooled = _auroc(predictions, DRAWS // 4 if quick else DRAWS)
+        pooled = _auroc(predictions, draws)
         value = float(np.mean(folds))
         figures.append(Figure(f"{title}: AUROC, mean of folds", value, ""))
         figures.append(Figure(f"{title}: AUROC, pooled", pooled.value, "", interval=pooled[1:]))
@@ -208,13 +240,11 @@ def linear_probe(slides: Lung, quick: bool) -> list[Figure]:
         if title == MEAN.title:
             mean = value
         else:
-            more = compare(predictions, base, draws=DRAWS // 4 if quick else DRAWS)
+            more = compare(predictions, base, draws=draws)
             words = (f"{more.value:+.3f} [{more.low:+.3f}, {more.high:+.3f}]", f"{more.p:.3f}")
             reach = 0.01 if title.startswith("panther") and "chosen" in title else None
             figures.append(Figure(f"{title}: more than mean, mean of folds", value - mean, "", reach))
-            figures.append(
-                Figure(f"{title}: more than mean, pooled", more.value, "", interval=(more.low, more.high))
-            )
+            figures.append(Figure(f"{title}: more than mean, pooled", more.value, "", interval=(more.low, more.high)))
         inner = float(np.mean([each.inner for each in probed]))
         table.add_row(title, _spread(folds), f"{inner:.4f}", str(pooled), *words)
     CONSOLE.print(table)
@@ -231,54 +261,48 @@ def _chosen(slides: Lung, title: str, among: Sequence[Method]) -> list[Probed]:
     return found
 
 
-def why(slides: Lung, quick: bool) -> list[Figure]:
-    """What the regions leave to prototypes: how many there are, how much they differ, and how the result follows that."""
+def why(slides: Lung, folder: Path, quick: bool) -> list[Figure]:
+    """What prototypes of these regions are: how many of them a slide has, and whether they tell tissue or laboratory."""
     x = np.concatenate([bag.features.numpy() for bag in slides.bags]).astype(np.float64)
     n = slides.regions
     means = slides.vectors(MEAN, slides.folds[0]).astype(np.float64)
     total = float(x.var(0).sum())
     between = float((np.square(means - x.mean(0)) * n[:, None]).sum() / len(x)) / total
+    few, many = np.quantile(n, [0.25, 0.75])
     figures = [
-        Figure("regions a slide, quartiles and median", float(np.median(n)), "", interval=tuple(np.quantile(n, [0.25, 0.75]))),
-        Figure("mean variance of a feature", float(x.var(0).mean()), ""),
-        Figure("variance between slides", between, "of all"),
-    ]  # fmt: skip
+        Figure("regions a slide: median (quarters)", float(np.median(n)), "", interval=(float(few), float(many))),
+        Figure("variance of regions that is between slides", between, "of all"),
+    ]
     table = table_of(
-        "What prototypes find (fold 0)", "k", "variance they explain", "pairs with < 0.5 regions", "< 2 regions",
-        "μ's variance that says whether there is one",
+        "What prototypes find (fold 0)", "prototypes", "variance explained", "with regions of a slide", "with < 2 regions",
+        "pairs of slides with none in common", "agreement with site", "with type",
     )  # fmt: skip
+    clinic = lung_clinic(folder)
+    sites = [clinic[slides.cases.names[case]]["site"] for case in slides.cases.owner]
     fold = slides.folds[0]
-    for k in (8,) if quick else KS:
-        prototypes = slides.prototypes(fold, k)
-        mixtures = [Panther().mixture(bag, prototypes) for bag in slides.bags]
-        counts = np.concatenate([each.importance.numpy() for each in mixtures]) * n[:, None]  # (S, K)
-        mu = np.concatenate([each.mean.numpy() for each in mixtures]).astype(np.float64)  # (S, K, D)
-        explained = 1 - float(prototypes.provenance["inertia"]) / total
-        empty, few = float((counts < 0.5).mean()), float((counts < 2).mean())
-        said = _presence(mu, counts > 0.5)
-        table.add_row(str(k), f"{explained:.2f}", f"{empty:.2f}", f"{few:.2f}", f"{said:.2f}")
-        figures += [
-            Figure(f"k={k}: variance that prototypes explain", explained, "of all"),
-            Figure(f"k={k}: prototypes with less than half a region of a slide", empty, "of all"),
-            Figure(f"k={k}: prototypes with less than two regions of a slide", few, "of all"),
-            Figure(f"k={k}: variance of μ that only says whether the slide has such regions", said, "of all"),
-        ]
+    kinds: list[tuple[int, Way]] = [(k, "raw") for k in ((8,) if quick else KS)] + [(8, "centred")]
+    for k, way in kinds:
+        prototypes = slides.prototypes(fold, k, way)
+        assigned = [Panther().assign(_ready(bag, way), prototypes)[0] for bag in slides.bags]
+        counts = np.stack([each.sum(0).numpy() for each in assigned])  # (S, K) regions
+        there = (counts > 0.5).astype(np.float64)
+        main = counts.argmax(1)
+        within = total * (1 - between) if way == "centred" else total
+        found = {
+            "variance of regions that they explain": 1 - float(prototypes.provenance["inertia"]) / within,
+            "share that a slide has regions of": float(there.mean()),
+            "share with less than two regions of a slide": float((counts < 2).mean()),
+            "pairs of slides with none in common": float((there @ there.T == 0).mean()),
+            "adjusted mutual information of a slide's main one and its site": adjusted_mutual_info_score(sites, main),
+            "adjusted mutual information of a slide's main one and its type": adjusted_mutual_info_score(
+                slides.y, main
+            ),
+        }
+        title = f"k={k}" + ("" if way == "raw" else f", {way}")
+        table.add_row(title, *(f"{value:.2f}" for value in found.values()))
+        figures += [Figure(f"{title}: {name}", value, "") for name, value in found.items()]
     CONSOLE.print(table)
     return figures + _softness(slides, quick) + ([] if quick else _quartiles(slides) + _fewer(slides))
-
-
-def _presence(mu: NDArray[np.float64], there: NDArray[np.bool_]) -> float:
-    """Share of the variance of (S, K, D) standardised μ that (S, K) presence of the prototype's regions explains."""
-    shares = []
-    for k in range(mu.shape[1]):
-        total, one = mu[:, k].var(0), there[:, k]
-        p = one.mean()
-        if 0 < p < 1:
-            apart = mu[one, k].mean(0) - mu[~one, k].mean(0)
-            shares.append(p * (1 - p) * np.square(apart) / total)
-        else:
-            shares.append(np.zeros_like(total))
-    return float(np.mean(shares))
 
 
 def _softness(slides: Lung, quick: bool) -> list[Figure]:
@@ -301,7 +325,7 @@ def _softness(slides: Lung, quick: bool) -> list[Figure]:
     return figures
 
 
-COMPARED = (MEAN, Method(Panther(), 8), Method(Panther(eps=30.0), 8), Method(OptimalTransport(eps=1.0), 8))
+COMPARED = (MEAN, Method(Panther(), 8), Method(Panther(), 8, way="centred"), Method(OptimalTransport(eps=1.0), 8))
 
 
 def _quartiles(slides: Lung) -> list[Figure]:
@@ -336,7 +360,9 @@ def _fewer(slides: Lung) -> list[Figure]:
     for method in COMPARED[:2]:
         found = []
         for size in sizes:
-            drawn = [Bag(bag.features[each[:size]], None, bag.key) for bag, each in zip(slides.bags, order, strict=True)]
+            drawn = [
+                Bag(bag.features[each[:size]], None, bag.key) for bag, each in zip(slides.bags, order, strict=True)
+            ]
             found.append(measure(slides.probe_bags(method, drawn))["auroc"])
         found.append(measure(stack([slides.probe(method, fold).predictions for fold in slides.folds]))["auroc"])
         table.add_row(method.title, *(f"{each:.4f}" for each in found))
@@ -348,7 +374,7 @@ def _fewer(slides: Lung) -> list[Figure]:
     return figures
 
 
-FEW = (MEAN, Method(Panther(), 16), Method(Panther(), 16, unit=True), Method(OptimalTransport(eps=1.0), 16))
+FEW = (MEAN, Method(Panther(), 16), Method(Panther(), 16, way="centred"), Method(OptimalTransport(eps=1.0), 16))
 ABMIL = TrainConfig(model="abmil-gated", members=1, epochs=50, average=0.9, device="cpu")
 
 
@@ -383,9 +409,7 @@ def few_shot(slides: Lung, quick: bool, picture: Path | None) -> list[Figure]:
     figures, curves = [], {}
     for name, values in found.items():
         means = [interval(float(row.mean()), row[again].mean(1)) for row in values]
-        more = [
-            difference(float(row.mean()), row[again].mean(1)) for row in values - found[MEAN.title]
-        ]
+        more = [difference(float(row.mean()), row[again].mean(1)) for row in values - found[MEAN.title]]
         curves[name] = means
         table.add_row(name, *(str(each) for each in means))
         if name != MEAN.title:
@@ -407,7 +431,10 @@ def _shots(slides: Lung, fold: Fold, count: int, draw: int) -> NDArray[np.int64]
     rng = np.random.default_rng([0, draw])
     train = rng.permutation(np.array(fold.train))
     return np.stack(
-        [[rng.choice(slides.cases.bags_of([case])) for case in train[slides.cases.y[train] == y][:count]] for y in (0, 1)]
+        [
+            [rng.choice(slides.cases.bags_of([case])) for case in train[slides.cases.y[train] == y][:count]]
+            for y in (0, 1)
+        ]
     )
 
 
@@ -460,11 +487,10 @@ def survival(slides: Lung, folder: Path, quick: bool) -> list[Figure]:
     died = np.array([float(row["censorship"]) == 0 for row in rows])
     everybody = Survivors(months, died, slides.cases.y.astype(np.int64))
     about = np.array([[float(row["age"] or "nan"), float(row["is_female"] or "nan")] for row in rows])
-    methods: tuple[Method, ...] = (MEAN, Method(Panther(), 16), Method(Panther(), 16, unit=True), Method(OptimalTransport(eps=1.0), 16))
-    methods = methods[:1] if quick else methods
-    groups = {"both": np.arange(len(rows))} | {
-        name: np.flatnonzero(everybody.stratum == i) for i, name in enumerate(slides.cohort.target.classes)
-    }
+    methods = FEW[:1] if quick else FEW
+    groups = {"both": np.arange(len(rows))}
+    if not quick:
+        groups |= {name: np.flatnonzero(everybody.stratum == i) for i, name in enumerate(slides.cohort.target.classes)}
     risks: dict[tuple[str, str], NDArray[np.float64]] = {}
     of_fold = np.zeros(len(rows), np.int64)
     for number, fold in enumerate(slides.folds):
@@ -474,7 +500,7 @@ def survival(slides: Lung, folder: Path, quick: bool) -> list[Figure]:
         for method in methods:
             components = _components(slides, method, fold)
             designs[method.title] = components
-            if method in (MEAN, methods[-1]):
+            if method is MEAN:
                 designs[f"{method.title}, age and sex"] = np.concatenate([components, age_sex], 1)
         for group, members in groups.items():
             inside = np.zeros(len(rows), bool)
@@ -544,20 +570,27 @@ def _cox_chosen(
 
 def stability(slides: Lung, quick: bool) -> list[Figure]:
     """How much alike prototypes come out of disjoint halves of the patients, and of other seeds."""
-    first = np.unique(slides.cases.owner, return_index=True)[1]  # a slide a patient, so that no patient is in both halves
-    pool = draw_tiles(SlideSet.from_bags([slides.bags[i] for i in first]), 5000 if quick else 10_000)
-    found = report_k(pool, (4, 16) if quick else (4, 8, 16, 32), repeats=2 if quick else 5, restarts=1 if quick else 3)
-    CONSOLE.print(str(found))
-    return [
-        figure
-        for row in found.rows
-        for figure in (
-            Figure(f"k={row.k}: adjusted Rand, disjoint halves of patients", row.halves, ""),
-            Figure(f"k={row.k}: its deviation over draws of halves", row.halves_sd, ""),
-            Figure(f"k={row.k}: adjusted Rand, other seeds", row.seeds, ""),
-            Figure(f"k={row.k}: silhouette", row.silhouette, ""),
+    first = np.unique(slides.cases.owner, return_index=True)[
+        1
+    ]  # a slide a patient, so that no patient is in both halves
+    figures = []
+    ways: tuple[Way, ...] = ("raw", "centred")
+    for way in ways:
+        bags = [_ready(slides.bags[i], way) for i in first]
+        pool = draw_tiles(SlideSet.from_bags(bags), 5000 if quick else 10_000)
+        found = report_k(
+            pool, (4, 16) if quick else (4, 8, 16, 32), repeats=2 if quick else 5, restarts=1 if quick else 3
         )
-    ]
+        CONSOLE.print(f"Prototypes of regions, {way}\n{found}")
+        for row in found.rows:
+            title = f"k={row.k}" + ("" if way == "raw" else f", {way}")
+            figures += [
+                Figure(f"{title}: adjusted Rand, disjoint halves of patients", row.halves, ""),
+                Figure(f"{title}: its deviation over draws of halves", row.halves_sd, ""),
+                Figure(f"{title}: adjusted Rand, other seeds", row.seeds, ""),
+                Figure(f"{title}: silhouette", row.silhouette, ""),
+            ]
+    return figures
 
 
 def _auroc(predictions: Predictions, draws: int) -> Interval:
@@ -579,7 +612,7 @@ def main() -> None:
     slides = Lung.read(chosen.folder)
     parts = {
         "probe": lambda: linear_probe(slides, chosen.quick),
-        "why": lambda: why(slides, chosen.quick),
+        "why": lambda: why(slides, chosen.folder, chosen.quick),
         "few-shot": lambda: few_shot(slides, chosen.quick, chosen.picture),
         "survival": lambda: survival(slides, chosen.folder, chosen.quick),
         "stability": lambda: stability(slides, chosen.quick),

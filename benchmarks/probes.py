@@ -100,7 +100,7 @@ class Survivors:
 
 def cox(x: NDArray[np.float64], patients: Survivors, train: NDArray[np.int64], penalty: float) -> NDArray[np.float64]:
     """(n,) log risk of all patients from Cox regression with a ridge on those of ``train``, a baseline a stratum."""
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
     from lifelines import CoxPHFitter
 
     table = pd.DataFrame(x[train]).assign(
