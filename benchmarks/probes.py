@@ -18,10 +18,11 @@ from mil.predictions import Predictions
 from mil.splits import Fold, validation_parts
 from mil.target import Target
 
-STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # C of scikit-learn, for vectors of unit scale
-PENALTIES = (0.01, 0.1, 1.0)  # of lifelines
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)  # C of scikit-learn, for vectors of unit scale
+PENALTIES = (0.01, 0.1, 1.0)  # of ``cox``
 COMPONENTS = 16
 _INNER = 3
+_STEPS = 30
 
 
 class Probed(NamedTuple):
@@ -62,7 +63,7 @@ def logistic(
     z: NDArray[np.float64], train: NDArray[np.int64], y: NDArray[np.float64], strength: float
 ) -> NDArray[np.float64]:
     """(S, 2) probabilities of all slides from a logistic regression on those of ``train``."""
-    model = LogisticRegression(C=strength, max_iter=1000).fit(z[train], y[train])
+    model = LogisticRegression(C=strength, max_iter=1000, tol=1e-3).fit(z[train], y[train])
     return np.asarray(model.predict_proba(z), np.float64)
 
 
@@ -99,15 +100,27 @@ class Survivors:
 
 
 def cox(x: NDArray[np.float64], patients: Survivors, train: NDArray[np.int64], penalty: float) -> NDArray[np.float64]:
-    """(n,) log risk of all patients from Cox regression with a ridge on those of ``train``, a baseline a stratum."""
-    import pandas as pd  # type: ignore[import-untyped]
-    from lifelines import CoxPHFitter
+    """(n,) log risk of all patients from Cox regression with a ridge on those of ``train``, a baseline a stratum.
 
-    table = pd.DataFrame(x[train]).assign(
-        months=patients.months[train], event=patients.event[train], stratum=patients.stratum[train]
-    )
-    model = CoxPHFitter(penalizer=penalty).fit(table, "months", "event", strata=["stratum"])
-    return np.asarray(x @ model.params_.to_numpy(), np.float64)
+    Newton's steps on the partial likelihood of Breslow, divided by the patients, less half the penalty times the squared
+    coefficients, as lifelines has it but for its standardising, in a fiftieth of its time.
+    """
+    there, z = patients.take(train), x[train]
+    dead = there.event
+    at_risk = ((there.months >= there.months[dead, None]) & (there.stratum == there.stratum[dead, None])).astype(float)
+    beta = np.zeros(z.shape[1])
+    for _ in range(_STEPS):
+        hazard = np.exp(z @ beta)
+        total = at_risk @ hazard  # (deaths,)
+        mean = at_risk @ (hazard[:, None] * z) / total[:, None]  # (deaths, D)
+        slope = (z[dead] - mean).sum(0) / len(z) - penalty * beta
+        weight = hazard * (at_risk.T @ (1 / total))
+        curve = ((z.T * weight) @ z - mean.T @ mean) / len(z) + penalty * np.eye(len(beta))
+        step = np.linalg.solve(curve, slope)
+        beta = beta + step
+        if np.abs(step).max() < 1e-6:
+            break
+    return np.asarray(x @ beta, np.float64)
 
 
 def comparable(patients: Survivors, folds: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -126,6 +139,14 @@ def concordance(
     right = np.where(risk[:, None] == risk, 0.5, risk[:, None] > risk) * pairs
     weights = np.ones((1, len(risk))) if weights is None else weights
     return np.asarray(((weights @ right) * weights).sum(1) / ((weights @ pairs) * weights).sum(1))
+
+
+def aurocs(predictions: Predictions, weights: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """(W,) AUROC for each of (W, n) weights of the patients; a single one of all by default.
+
+    With ``resamples`` the bootstrap of ``mil.metrics.intervals``, in a hundredth of its time, as it makes this metric alone.
+    """
+    return concordance((predictions.y[:, None] == 1) & (predictions.y == 0), predictions.score, weights)
 
 
 def resamples(n: int, draws: int, seed: int = 0) -> NDArray[np.float64]:
