@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from figures import Figure, parser, report
+from probes import by_patient
 from real_bags import lung
 from rich.console import Console
 from rich.table import Table
@@ -48,16 +49,10 @@ def mean_pool(cohort: Cohort, config: TrainConfig) -> tuple[Predictions, list[fl
     means = np.stack([cohort.read(bag).features.mean(0).numpy() for bag in cases.bags])
     parts = []
     for fold in make_folds(cases, cohort.target, by=config.split_by, folds=config.folds, seed=config.seed):
-        train, test = cases.bags_of(fold.train), list(fold.test)
+        train = cases.bags_of(fold.train)
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
         model.fit(means[train], cases.y[cases.owner[train]])
-        answers = np.stack([model.predict_proba(means[cases.bags_of([case])]).mean(0) for case in test])
-        names, patients = (tuple(column[i] for i in test) for column in (cases.names, cases.patients))
-        parts.append(
-            Predictions(
-                cohort.target, names, patients, cases.y[test], cases.event[test], answers, (fold.name,) * len(test)
-            )
-        )
+        parts.append(by_patient(cases, cohort.target, fold, model.predict_proba(means)))
     return stack(parts), [measure(part)["auroc"] for part in parts]
 
 

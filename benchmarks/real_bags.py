@@ -23,11 +23,20 @@ def lung(folder: Path) -> Cohort:
     return Cohort.from_arrays(bags, [row["oncotree_code"] for row in rows], [row["case_id"] for row in rows])
 
 
+def lung_clinic(folder: Path) -> dict[str, dict[str, str]]:
+    """What is known of each patient of ``lung``: age, is_female, survival_months, censorship (1 = alive when last seen)."""
+    return {row["case_id"]: row for row in _lung_table(folder)}
+
+
 def _lung(folder: Path) -> tuple[list[dict[str, str]], list[Bag]]:
     data = np.load(folder / "tcga-nsclc-hipt192.npz")
-    with (folder / "tcga-nsclc.csv").open(newline="", encoding="utf-8") as file:
-        by_slide = {row["slide_id"]: row for row in csv.DictReader(file)}
+    by_slide = {row["slide_id"]: row for row in _lung_table(folder)}
     slides, ends = [str(each) for each in data["slide_id"]], data["offsets"]
     features = data["features"].astype(np.float32)
     bags = [Bag(features[ends[i] : ends[i + 1]], None, slide) for i, slide in enumerate(slides)]
     return [by_slide[slide] for slide in slides], bags
+
+
+def _lung_table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "tcga-nsclc.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
