@@ -316,8 +316,10 @@ class Draw:
             weights: (N,) from 0, of each patch within its leaf; all alike by default. A leaf of which all are 0 is drawn
                 from as if all were alike.
         """
-        codes = np.stack([index.codes(level) for level in levels], axis=1) if levels else np.zeros((len(index), 1))
-        self.codes, leaf_of = np.unique(codes, axis=0, return_inverse=True)
+        everything = np.zeros(len(index), np.int64)  # the group that all are in
+        codes = np.stack([everything, *(index.codes(level) for level in levels)], axis=1)
+        leaves, leaf_of = np.unique(codes, axis=0, return_inverse=True)
+        self.codes: NDArray[np.int64] = leaves[:, 1:]
         self.leaf_of: NDArray[np.int64] = leaf_of.ravel().astype(np.int64)
         self.chances = _chances(self.codes)
         weights = np.ones(len(index)) if weights is None else np.asarray(weights, np.float64)
@@ -336,7 +338,7 @@ class Draw:
         start, stop = self._leaf_starts[leaves], self._leaf_starts[leaves + 1]
         low, high = self._edges[start], self._edges[stop]
         at = np.searchsorted(self._edges, low + rng.random(n) * (high - low), side="right") - 1
-        return self._order[np.minimum(at, stop - 1)]
+        return np.asarray(self._order[np.minimum(at, stop - 1)], np.int64)
 
 
 def _chances(codes: NDArray[np.int64]) -> NDArray[np.float64]:
