@@ -220,7 +220,7 @@ class Encoder(nn.Module):
         self.weights = weights or WeightsRecord("plugin", state_sha256(backbone.state_dict()))
         self.precision = precision
         self.compiled = compiled
-        self._network: Callable[[Tensor], Any] = torch.compile(self._pool) if compiled else self._pool
+        self._network: Callable[[Tensor], Any] = torch.compile(self.pool) if compiled else self.pool
         self.backbone = backbone.eval().requires_grad_(False)
         self.backbone.to(device=device, dtype=_DTYPES[precision])
         if spec.input_px is not None:
@@ -330,7 +330,8 @@ class Encoder(nn.Module):
             vectors = self._network(self.prepare(pixels).to(_DTYPES[self.precision]))
         return _checked(vectors, (len(pixels), self.dim), self.spec.name).to(torch.float32)
 
-    def _pool(self, images: Tensor) -> Any:
+    def pool(self, images: Tensor) -> Any:
+        """Normalised images in the backbone's own type, as ``prepare`` makes them, → (B, dim) in that type."""
         if self.spec.pooling == "pooled":
             return self.backbone(images)
         backbone: Any = self.backbone

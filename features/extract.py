@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Generic, TypeVar
@@ -10,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.encoder import Encoder
-from features.runner import EncoderRunner
+from features.runner import EncoderRunner, Encoding, batch_memory
 from wsi.grid import TileGrid
 from wsi.slide import Slide
-from wsi.stream import TileStream, default_read_threads
+from wsi.stream import TileBatch, TileJob, default_read_threads, stream_jobs
 
-__all__ = ["Conveyor", "encode_slide", "prefetch"]
+__all__ = ["Conveyor", "encode_batches", "encode_slide", "prefetch"]
 
 Item = TypeVar("Item")
 
@@ -29,11 +30,41 @@ def encode_slide(
     """
     runner = encoder if isinstance(encoder, EncoderRunner) else EncoderRunner(encoder)
     vectors = np.full((len(grid), runner.encoder.dim), np.nan, np.float32)
-    for batch in TileStream(slide, grid, batch_size=batch_size, threads=threads or default_read_threads()):
-        rows = batch.start + np.flatnonzero(batch.readable)
-        if len(rows):
-            vectors[rows] = runner.encode(batch.pixels[batch.readable]).vectors
+    for first, part in encode_batches(slide, grid, runner, batch_size=batch_size, threads=threads):
+        vectors[first : first + len(part)] = part
     return vectors
+
+
+def encode_batches(
+    slide: Slide, grid: TileGrid, runner: EncoderRunner, *, batch_size: int = 64, threads: int | None = None
+) -> Generator[tuple[int, NDArray[np.float32]], None, None]:
+    """The vectors of a slide's tiles as they come: the row of the first tile and (B, D), NaN where one cannot be read.
+
+    Tiles are decoded while those before are encoded, and on a GPU copied in as well.
+    """
+    job = TileJob(slide, grid)
+    threads = threads or default_read_threads()
+    memory = batch_memory(runner.encoder.device)
+    flying: deque[tuple[TileBatch, Encoding]] = deque()
+    for batch in stream_jobs([job], batch_size=batch_size, threads=threads, allocate=memory):
+        if job.error is not None:
+            raise job.error
+        if not len(batch):
+            continue
+        pixels = batch.pixels if batch.readable.all() else batch.pixels[batch.readable]
+        flying.append((batch, runner.start(pixels)))
+        if len(flying) >= runner.in_flight:
+            yield _landed(*flying.popleft())
+    while flying:
+        yield _landed(*flying.popleft())
+
+
+def _landed(batch: TileBatch, encoding: Encoding) -> tuple[int, NDArray[np.float32]]:
+    encoded = encoding.result().vectors
+    vectors = np.full((len(batch), encoded.shape[1]), np.nan, np.float32)
+    vectors[batch.readable] = encoded
+    batch.release()
+    return batch.start, vectors
 
 
 class Conveyor(Generic[Item]):

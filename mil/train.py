@@ -1,18 +1,18 @@
 """Training: the loop, short enough to read at once, and cross-validation around it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from features.training import DivergedError, cosine_schedule, follow, half_precision, parameter_groups
 from mil.bag import Bag, Batch, collate
 from mil.calibration import fit_temperature
 from mil.cohort import Cases, Cohort
@@ -24,29 +24,20 @@ from mil.objective import fit_joint
 from mil.predictions import Predictions
 from mil.splits import Fold, validation_parts
 from mil.target import Task
-from wsi.errors import DeviceError, UsageError
+from wsi.errors import DeviceError
 
 __all__ = [
-    "DivergedError",
     "Epoch",
     "Examples",
     "Observer",
     "Observers",
     "TrainedFold",
     "answer_cases",
-    "cosine_schedule",
     "fit_scaling",
-    "follow",
-    "half_precision",
-    "parameter_groups",
     "pick_device",
     "train_fold",
     "train_member",
 ]
-
-
-class DivergedError(UsageError):
-    """The loss is no longer a number: the settings do not train."""
 
 
 class Epoch(NamedTuple):
@@ -353,48 +344,10 @@ def _dropped(batch: Batch, share: float) -> Batch:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, live: nn.Module, decay: float) -> None:
-    """Move the average's weights towards the live ones; whatever is no weight (running means) is taken over."""
-    for kept, weight in zip(average.parameters(), live.parameters(), strict=True):
-        kept.lerp_(weight, 1 - decay)
-    for stays, found in zip(average.buffers(), live.buffers(), strict=True):
-        stays.copy_(found)
-
-
-@torch.no_grad()
 def _loss(member: Member, examples: Examples, bags: NDArray[np.int64]) -> float:
     """The objective over bags taken together, each with all of its tiles."""
     logits = torch.stack([member.every_logit(examples.bag(int(index))) for index in bags])
     return float(member.joint(logits, *examples.labels(bags)))
-
-
-def cosine_schedule(warm: int, total: int) -> Callable[[int], float]:
-    """What the learning rate is multiplied by at each step: a linear rise, then half a cosine down to 0."""
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
-
-    return factor
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms are vectors, and not decayed."""
-    parameters = list(module.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def half_precision(precision: str, device: torch.device) -> tuple[Any, torch.amp.GradScaler]:
-    """Autocast and loss scaling for what was asked; on a CPU ``"auto"`` is float32, which repeats to the bit."""
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    context = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-    return context, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def _predictions(task: Task, cases: Cases, fold: Fold, answers: NDArray[np.float64]) -> Predictions:

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from features.training import DivergedError
 from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.metrics import primary
 from mil.result import Result
 from mil.run import run_folds, write_table
 from mil.splits import Fold, make_folds, validation_parts
-from mil.train import DivergedError, Observer, TrainedFold, train_fold
+from mil.train import Observer, TrainedFold, train_fold
 from wsi._files import write_atomically
 from wsi.errors import EnvironmentFaultError, RunMismatchError, StoreFormatError, UsageError
 

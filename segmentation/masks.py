@@ -7,8 +7,6 @@ Sources: the OME-TIFF specification 6; NGFF 0.5.
 """
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from segmentation.components import PixelRows
 from segmentation.place import MapPlace
-from wsi._files import fsync_folder, fsync_tree, replace_atomically
+from wsi._files import make_folder_atomically, replace_atomically
 from wsi.annotation import class_color
 from wsi.errors import UsageError
 
@@ -107,9 +105,7 @@ def write_ome_zarr(
         raise UsageError(f"{path}: is there already; remove it or choose another name")
     dtype = _dtype(classes)
     factors = _factors(labels.shape, _CHUNK_PX)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
+    with make_folder_atomically(path) as staging:
         root = zarr.create_group(staging, attributes={"ome": {"version": _NGFF}})
         root.create_group("labels", attributes={"ome": {"version": _NGFF, "labels": [name]}})
         image = root.create_group(f"labels/{name}", attributes=_label_attributes(name, factors, place, classes))
@@ -125,12 +121,6 @@ def write_ome_zarr(
             )
             for top, rows in _rows(labels, factor, _CHUNK_PX, dtype):
                 array[top : top + len(rows)] = rows
-        fsync_tree(staging)
-        staging.rename(path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    fsync_folder(path.parent)
 
 
 def _label_attributes(name: str, factors: list[int], place: MapPlace, classes: Mapping[int, str]) -> dict[str, Any]:

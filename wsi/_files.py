@@ -1,13 +1,14 @@
 """Files that are either whole or not there."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["fsync_folder", "fsync_tree", "replace_atomically", "write_atomically"]
+__all__ = ["fsync_folder", "fsync_tree", "make_folder_atomically", "replace_atomically", "write_atomically"]
 
 
 @contextmanager
@@ -26,6 +27,21 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+@contextmanager
+def make_folder_atomically(path: Path) -> Iterator[Path]:
+    """A name for a new folder beside ``path`` that becomes ``path`` when the block ends well; on any error nothing does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(path.parent)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from features.store import FeatureStore
+from features.training import cosine_schedule, follow, half_precision, parameter_groups
 from features.weights import WeightsRecord, state_sha256
 from mil.bag import Bag, Batch, collate
 from mil.cohort import CACHE_BYTES
@@ -31,7 +32,7 @@ from mil.slide_encoders.loading import LoadedSlideEncoder, SlideEncoderRequest, 
 from mil.slide_encoders.madeleine import info_nce
 from mil.slide_encoders.zoo import SlideEncoderSpec, TileFeatures
 from mil.sources import BagSource, CachedSource, StoreSource, has_features
-from mil.train import cosine_schedule, follow, half_precision, parameter_groups, pick_device
+from mil.train import pick_device
 from wsi._files import write_atomically
 from wsi.errors import CohortError, RunMismatchError, UsageError
 
