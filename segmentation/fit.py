@@ -129,7 +129,7 @@ def fit(
                 examples = [_drawn(draw, rng, turns=config.turns) for _ in range(config.batch_size)]
                 x, targets = _tensors(examples, device)
                 loss = config.loss(network(x), targets) / config.accumulate
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
             if not np.isfinite(total):
                 raise UsageError(f"the loss is {total} at step {step}; lower learning_rate")

@@ -22,7 +22,7 @@ from segmentation.fit import Draw, Example, FitConfig, Fitted, as_input, fit
 from segmentation.losses import IGNORE
 from segmentation.models import SegmentationModel, build_network
 from segmentation.place import MapPlace
-from segmentation.probability import ProbabilityMap
+from segmentation.prior import Prior
 from segmentation.raster import Raster
 from segmentation.saved import read_network, save_network
 from wsi.annotation import Annotation
@@ -154,7 +154,7 @@ def slide_picture(slide: Slide, config: RefineConfig) -> tuple[NDArray[np.uint8]
     return image, MapPlace.covering(slide.frame, image.shape)
 
 
-def example_of(slide: Slide, heat: ProbabilityMap, truth: Sequence[Annotation], config: RefineConfig) -> Example:
+def example_of(slide: Slide, heat: Prior, truth: Sequence[Annotation], config: RefineConfig) -> Example:
     """What a refinement network is trained on: the slide's picture, rough probabilities, and what people drew.
 
     Probabilities should come from a classifier that did not see the slide, or its errors will look smaller than they are.
@@ -164,7 +164,8 @@ def example_of(slide: Slide, heat: ProbabilityMap, truth: Sequence[Annotation], 
     """
     image, place = slide_picture(slide, config)
     shape = image.shape[:2]
-    return Example(image, _heat_on(heat, place, shape, config), Raster(truth, place, shape, config.labels)[:])
+    mask = Raster(truth, place, shape, config.labels)[:].astype(np.uint8)
+    return Example(image, _heat_on(heat, place, shape, config), mask)
 
 
 def train_refiner(
@@ -189,7 +190,7 @@ def train_refiner(
     return refiner, fitted
 
 
-def refine(refiner: Refiner, slide: Slide, heat: ProbabilityMap, *, predict: Predict | None = None) -> Refinement:
+def refine(refiner: Refiner, slide: Slide, heat: Prior, *, predict: Predict | None = None) -> Refinement:
     """Draw the borders of what a first stage found.
 
     Args:
@@ -203,17 +204,13 @@ def refine(refiner: Refiner, slide: Slide, heat: ProbabilityMap, *, predict: Pre
     image, place = slide_picture(slide, config)
     shape = image.shape[:2]
     rough = _heat_on(heat, place, shape, config)
-    if config.mpp is None:
-        probabilities = predict(as_input([image], [rough]))[0]
-    else:
-        probabilities = _in_tiles(predict, image, rough, config)
+    whole = config.mpp is None
+    probabilities = predict(as_input([image], [rough]))[0] if whole else _in_tiles(predict, image, rough, config)
     labels = probabilities.argmax(0).astype(np.uint8)
-    return Refinement(labels, probabilities, place, {label: name for name, label in config.labels.items()})
+    return Refinement(labels, probabilities, place, dict(enumerate(config.classes, start=1)))
 
 
-def _heat_on(
-    heat: ProbabilityMap, place: MapPlace, shape: tuple[int, int], config: RefineConfig
-) -> NDArray[np.float32]:
+def _heat_on(heat: Prior, place: MapPlace, shape: tuple[int, int], config: RefineConfig) -> NDArray[np.float32]:
     if len(heat.values) != len(config.classes):
         raise UsageError(
             f"the probability map has {len(heat.values)} channels; the network wants one for each of {', '.join(config.classes)}"
@@ -252,9 +249,9 @@ def _fitted(example: Example, config: RefineConfig, rng: np.random.Generator | N
     if config.mpp is None:
         size = (side, side)
         # The first stage's map is coarse and smooth; the truth keeps its labels.
-        heat = [cv2.resize(channel, size, interpolation=cv2.INTER_LINEAR) for channel in example.heat]
+        smooth = np.stack([cv2.resize(channel, size, interpolation=cv2.INTER_LINEAR) for channel in example.heat])
         mask = cv2.resize(example.mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
-        return Example(area_resize(example.image, size), np.stack(heat), mask)
+        return Example(area_resize(example.image, size), smooth, mask)
     below, right = max(0, side - height), max(0, side - width)
     image = np.pad(example.image, ((0, below), (0, right), (0, 0)), mode="edge")
     heat = np.pad(example.heat, ((0, 0), (0, below), (0, right)))

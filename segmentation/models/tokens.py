@@ -1,6 +1,7 @@
 """TokenDecoder: classes of pixels from the patch tokens of a frozen foundation model."""
 
 import math
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class TokenDecoder(SegmentationModel):
             raise ModelMismatchError(f"{encoder.spec.name}: gives vectors of whole tiles and no tokens to decode")
         self._frozen = (encoder,)  # in a tuple, where PyTorch does not look for parameters
         self._px = encoder.spec.input_px
-        width = int(encoder.backbone.num_features)
+        width = int(cast(int, encoder.backbone.num_features))
         self.decoder = nn.Conv2d(width, n_classes, 1) if hidden == 0 else _light(width, hidden, n_classes)
         init_weights(self.decoder)
         self.to(encoder.device)
@@ -63,10 +64,11 @@ class TokenDecoder(SegmentationModel):
         backbone = encoder.backbone
         mean, std = (squares.new_tensor(values).view(3, 1, 1) for values in (encoder.spec.mean, encoder.spec.std))
         weight = next(backbone.parameters())
-        tokens = backbone.forward_features(((squares - mean) / std).to(weight.dtype)).detach()  # type: ignore[operator]
+        seen = ((squares - mean) / std).to(weight.dtype)
+        tokens: Tensor = backbone.forward_features(seen).detach()  # type: ignore[operator]
         if tokens.ndim != 3:
             raise ModelMismatchError(f"{encoder.spec.name}: gives {tuple(tokens.shape)}, not tokens (N, patches, D)")
-        tokens = tokens[:, getattr(backbone, "num_prefix_tokens", 0) :].float()  # (N, patches, D)
+        tokens = tokens[:, cast(int, getattr(backbone, "num_prefix_tokens", 0)) :].float()  # (N, patches, D)
         side = math.isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
             raise ModelMismatchError(f"{encoder.spec.name}: gives {tokens.shape[1]} patch tokens, which are no square")

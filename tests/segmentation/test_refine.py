@@ -10,7 +10,7 @@ from segmentation.fit import Example, FitConfig, as_input, fit, mean_dice
 from segmentation.losses import IGNORE, SegmentationLoss
 from segmentation.models import build_network
 from segmentation.place import MapPlace
-from segmentation.probability import ProbabilityMap
+from segmentation.prior import Prior
 from segmentation.refine import RefineConfig, Refiner, example_of, refine, slide_picture, train_refiner
 from segmentation.saved import save_network
 from wsi.annotation import Annotation
@@ -30,11 +30,11 @@ def slide_of(width: int = 160, height: int = 96) -> Slide:
     return Slide.from_array(pixels, mpp=2.0)
 
 
-def heat_of(slide: Slide, value: float = 1.0) -> ProbabilityMap:
+def heat_of(slide: Slide, value: float = 1.0) -> Prior:
     """Coarse and wrong: a square of 32 level-0 pixels on the left of the rectangle."""
     values = np.zeros((1, 3, 5), np.float32)
     values[0, 1, 1] = value
-    return ProbabilityMap(values, MapPlace((32.0, 32.0), slide.mpp.xy))
+    return Prior(values, MapPlace((32.0, 32.0), slide.mpp.xy))
 
 
 def draw(rng: np.random.Generator) -> Example:
@@ -174,7 +174,7 @@ def test_training_keeps_the_best_weights_and_stops_without_better_ones() -> None
 def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
     slide = slide_of()
     refiner = Refiner.untrained(TINY, device="cpu")
-    two = ProbabilityMap(np.zeros((2, 3, 5), np.float32), MapPlace((32.0, 32.0), slide.mpp.xy))
+    two = Prior(np.zeros((2, 3, 5), np.float32), MapPlace((32.0, 32.0), slide.mpp.xy))
     with pytest.raises(UsageError, match="2 channels; the network wants one for each of tumour"):
         refine(refiner, slide, two)
     with pytest.raises(ValueError, match="different names"):
@@ -185,7 +185,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatchError, match="cannot be used as a network"):
         Refiner.load(tmp_path / "no.safetensors")
     save_network(tmp_path / "other.safetensors", "dense", {}, refiner.network)
-    with pytest.raises(ModelMismatchError, match="of kind dense, not .* of refinement"):
+    with pytest.raises(ModelMismatchError, match=r"of kind dense, not .* of refinement"):
         Refiner.load(tmp_path / "other.safetensors")
     save_network(tmp_path / "bad.safetensors", "refinement", {"config": {"classes": ["a"]}}, refiner.network)
     with pytest.raises(ModelMismatchError, match="cannot be used as a refinement network"):

@@ -113,12 +113,12 @@ def test_the_probability_map_is_looked_at(name: str) -> None:
 def test_shapes_are_those_of_the_papers() -> None:
     u_net = build_network("u-net", 4, 2)
     assert u_net.stride == 256
-    widths = [block[0].out_channels for block in u_net.down]  # type: ignore[union-attr,index]
+    widths = [block[0].out_channels for block in u_net.down]  # type: ignore[union-attr]
     assert widths == [8, 16, 32, 64, 128, 128, 256, 256]
-    assert [block[-3].out_channels for block in u_net.up] == [256, 256, 128, 128, 64, 32, 16, 8]  # type: ignore[union-attr,index]
+    assert [block[-3].out_channels for block in u_net.up] == [256, 256, 128, 128, 64, 32, 16, 8]  # type: ignore[union-attr]
     dru = build_network("dru-net", 4, 2)
     assert dru.stride == 8
-    pairs = [(block[0].out_channels, block[3].out_channels) for block in dru.down]  # type: ignore[union-attr,index]
+    pairs = [(block[0].out_channels, block[3].out_channels) for block in dru.down]  # type: ignore[union-attr]
     assert pairs == [(4, 8), (8, 16), (16, 32), (32, 64)]
     assert build_network("agu-net", 4, 2).stride == 64
     output = build_network("dagu-net", 4, 2).eval()(picture(64, 64))

@@ -1,7 +1,8 @@
-"""ProbabilityMap: probabilities of classes over a slide, and what they are on another map. No I/O."""
+"""Prior: probabilities of classes over a slide, and what they are on another map. No I/O."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -11,12 +12,21 @@ from segmentation.place import MapPlace
 from wsi.errors import UsageError
 from wsi.heatmap import Heatmap
 
-__all__ = ["ProbabilityMap"]
+__all__ = ["Prior", "ScoredClasses"]
+
+
+class ScoredClasses(Protocol):
+    """What knows the probabilities of classes by their names, such as the heat map of a patch classifier."""
+
+    @property
+    def place(self) -> MapPlace: ...
+
+    def probability(self, name: str, /) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, eq=False)
-class ProbabilityMap:
-    """Probabilities of C classes on a map.
+class Prior:
+    """What a first stage says of C classes: their probabilities on a map that may be coarse.
 
     Attributes:
         values: (C, H, W) float32, NaN = not scored.
@@ -29,19 +39,28 @@ class ProbabilityMap:
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float32)
         if values.ndim != 3 or not values.size:
-            raise ValueError(f"a probability map is (C, H, W), got {values.shape}")
+            raise ValueError(f"a prior is (C, H, W), got {values.shape}")
         values.setflags(write=False)
         object.__setattr__(self, "values", values)
 
     @classmethod
-    def of_heatmaps(cls, heatmaps: Sequence[Heatmap]) -> "ProbabilityMap":
+    def of_classes(cls, scored: ScoredClasses, classes: Sequence[str]) -> "Prior":
+        """The channels of these classes, in this order.
+
+        Raises:
+            UsageError: a class is not among those that were scored.
+        """
+        return cls(np.stack([scored.probability(name) for name in classes]), scored.place)
+
+    @classmethod
+    def of_heatmaps(cls, heatmaps: Sequence[Heatmap]) -> "Prior":
         """The heatmaps of some classes on one grid, a pixel for each step of the grid.
 
         Raises:
             UsageError: there is none, or the grids differ.
         """
         if not heatmaps or any(heat.grid != heatmaps[0].grid for heat in heatmaps):
-            raise UsageError("a probability map is made of heatmaps on one grid, and of one at least")
+            raise UsageError("a prior is made of heatmaps on one grid, and of one at least")
         first = heatmaps[0]
         values = np.stack([heat.raster(min(first.grid.stride)) for heat in heatmaps])
         return cls(values, MapPlace.covering(first.frame, values.shape[1:]))
