@@ -17,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from segmentation.models import SegmentationOutput
+from features.encoder import Encoder
+from segmentation.models import SegmentationModel, SegmentationOutput
 from segmentation.saved import read_network
 from wsi._files import write_atomically
 from wsi.errors import EnvironmentFaultError, ModelMismatchError, UsageError
 
-__all__ = ["TOLERANCE", "Choice", "OnnxRunner", "export_file", "fastest", "to_onnx", "torch_runner"]
+__all__ = [
+    "TOLERANCE", "Choice", "OnnxRunner", "answering", "export_file", "fastest", "fastest_classifier", "to_onnx", "torch_runner",
+]  # fmt: skip
 
 TOLERANCE = 1e-3  # between the probabilities of the two
 
@@ -94,33 +97,37 @@ class Choice:
         return self.runner(x)
 
 
-def torch_runner(network: nn.Module) -> Callable[[_Floats], _Floats]:
-    """The network in PyTorch, on the device it is on: float32 input → probabilities."""
-    answer = _Answer(network).eval()
+def answering(network: nn.Module) -> nn.Module:
+    """The network with a softmax after it: from logits (B, K, …), or a ``SegmentationOutput``, to probabilities."""
+    return _Answer(network).eval()
+
+
+def torch_runner(module: nn.Module) -> Callable[[_Floats], _Floats]:
+    """A module from one tensor to another in PyTorch, on the device it is on."""
+    module.eval()
 
     @torch.inference_mode()
     def run(x: _Floats) -> _Floats:
-        device = next((p.device for p in network.parameters()), torch.device("cpu"))
-        return np.asarray(answer(torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)).cpu().numpy())
+        seen = torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(_device_of(module))
+        return np.asarray(module(seen).cpu().numpy())
 
     return run
 
 
-def to_onnx(network: nn.Module, example: _Floats, facts: Mapping[str, Any] | None = None) -> bytes:
-    """The network and the softmax after it as an ONNX model of any batch size.
+def to_onnx(module: nn.Module, example: _Floats, facts: Mapping[str, Any] | None = None) -> bytes:
+    """A module from float32 (B, C, h, w) to one tensor (B, …) as an ONNX model of any batch size; ``answering`` makes one.
 
     Args:
-        network: gives logits (B, K, …), or a ``SegmentationOutput``.
         example: (B, C, h, w) float32; h and w are fixed by it.
         facts: JSON values that are written with it, under ``wsi``.
 
     Raises:
         EnvironmentFaultError: the extra is not installed.
-        ModelMismatchError: the network cannot be written as ONNX.
+        ModelMismatchError: the module cannot be written as ONNX.
     """
     for name in ("onnx", "onnxscript"):
         _load(name)
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    device = _device_of(module)
     two = np.broadcast_to(
         np.asarray(example[:1], np.float32), (2, *example.shape[1:])
     ).copy()  # one would be a constant
@@ -129,17 +136,17 @@ def to_onnx(network: nn.Module, example: _Floats, facts: Mapping[str, Any] | Non
         with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said), torch.inference_mode():
             warnings.simplefilter("ignore")  # the exporter's, of its own parts
             program = torch.onnx.export(
-                _Answer(network).eval(),
+                module.eval(),
                 (torch.from_numpy(two).to(device),),
                 dynamo=True,
                 opset_version=_OPSET,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 input_names=["x"],
-                output_names=["probabilities"],
+                output_names=["answer"],
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ModelMismatchError(f"the network cannot be written as ONNX ({_first_line(error)})") from error
+        raise ModelMismatchError(f"the module cannot be written as ONNX ({_first_line(error)})") from error
     assert program is not None
     model = program.model_proto
     entry = model.metadata_props.add()
@@ -148,19 +155,43 @@ def to_onnx(network: nn.Module, example: _Floats, facts: Mapping[str, Any] | Non
 
 
 def fastest(network: nn.Module, example: _Floats, *, repeats: int = 3) -> Choice:
-    """What runs a network in the least time on ``example`` (B, C, h, w), measured here and now, and says so.
+    """What gives a network's probabilities in the least time on ``example`` (B, C, h, w), measured here and now.
 
     ONNX Runtime is left out where it is not installed, where the network is on a GPU, or where its probabilities differ from
     PyTorch's by more than 1e-3.
     """
-    of_torch = torch_runner(network)
+    return _fastest(answering(network), example, repeats)
+
+
+def fastest_classifier(encoder: Encoder, *, batch_size: int = 16, repeats: int = 3) -> tuple[Encoder, Choice]:
+    """The same for an encoder whose vectors are probabilities, as a patch classifier's are.
+
+    Returns the encoder, or one that looks the same from outside and runs in ONNX Runtime, and what was measured.
+
+    Raises:
+        UsageError: the encoder pools tokens, or takes pixels as they are: its backbone does not give probabilities then.
+    """
+    spec = encoder.spec
+    if spec.pooling != "pooled" or spec.input_px is None or encoder.precision != "fp32":
+        raise UsageError(f"{spec.name}: only a backbone that gives probabilities by itself, in fp32, can be exchanged")
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (batch_size, spec.input_px, spec.input_px, 3), np.uint8)
+    example = encoder.prepare(torch.from_numpy(pixels).to(encoder.device)).cpu().numpy()
+    choice = _fastest(encoder.backbone, example, repeats)
+    if not isinstance(choice.runner, OnnxRunner):
+        return encoder, choice
+    return Encoder(spec, _OnnxBackbone(choice.runner), encoder.weights), choice
+
+
+def _fastest(module: nn.Module, example: _Floats, repeats: int) -> Choice:
+    of_torch = torch_runner(module)
     expected = of_torch(example)
     seconds = {"torch": _median_seconds(of_torch, example, repeats)}
-    device = next((p.device.type for p in network.parameters()), "cpu")
+    device = _device_of(module).type
     if device != "cpu":
         return Choice(of_torch, "torch", seconds, f"torch, as the network is on {device}")
     try:
-        of_onnx = OnnxRunner(to_onnx(network, example))
+        of_onnx = OnnxRunner(to_onnx(module, example))
     except (EnvironmentFaultError, ModelMismatchError) as error:
         return Choice(of_torch, "torch", seconds, f"torch, {seconds['torch']:.3g} s a call: {error}")
     differs = _difference(of_onnx(example), expected)
@@ -181,18 +212,15 @@ def export_file(model: str | os.PathLike[str], out: str | os.PathLike[str]) -> C
         ModelMismatchError: the file is none of ours, or ONNX Runtime says something else than PyTorch.
     """
     network, side_px, facts = _saved(Path(model))
-    generator = np.random.default_rng(0)
-    example = generator.random((1, network.in_channels, side_px, side_px), np.float32)
-    written = to_onnx(network, example, facts)
-    of_torch, of_onnx = torch_runner(network), OnnxRunner(written)
+    module = answering(network)
+    example = np.random.default_rng(0).random((1, network.in_channels, side_px, side_px), np.float32)
+    written = to_onnx(module, example, facts)
+    of_torch, of_onnx = torch_runner(module), OnnxRunner(written)
     differs = _difference(of_onnx(example), of_torch(example))
     if not differs <= TOLERANCE:
         raise ModelMismatchError(f"{model}: ONNX Runtime differs from PyTorch by {differs:.2g}; nothing was written")
     write_atomically(Path(out), written)
-    seconds = {
-        "torch": _median_seconds(of_torch, example, 3),
-        "onnxruntime": _median_seconds(of_onnx, example, 3),
-    }
+    seconds = {name: _median_seconds(run, example, 3) for name, run in (("torch", of_torch), ("onnxruntime", of_onnx))}
     name = min(seconds, key=lambda key: seconds[key])
     told = ", ".join(f"{key} {value:.3g} s" for key, value in seconds.items())
     why = f"{name} is faster on {side_px} x {side_px} px ({told}); probabilities differ by {differs:.1g}"
@@ -212,7 +240,22 @@ class _Answer(nn.Module):
         return logits.float().softmax(1)
 
 
-def _saved(path: Path) -> tuple[Any, int, dict[str, Any]]:
+class _OnnxBackbone(nn.Module):
+    """A model in ONNX Runtime in the place of a backbone."""
+
+    def __init__(self, runner: OnnxRunner) -> None:
+        super().__init__()
+        self.runner = runner
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.runner(images.numpy()))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _saved(path: Path) -> tuple[SegmentationModel, int, dict[str, Any]]:
     """A saved network of either kind on the CPU, the side of what it sees, and its facts."""
     from segmentation.dense import DenseSegmenter
     from segmentation.refine import Refiner

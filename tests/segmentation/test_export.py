@@ -13,9 +13,11 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from cli.segment import segment
+from features.encoder import Encoder, EncoderSpec
+from features.runner import EncoderRunner
 from segmentation import export
 from segmentation.dense import DenseConfig, DenseSegmenter
-from segmentation.export import OnnxRunner, export_file, fastest, to_onnx, torch_runner
+from segmentation.export import OnnxRunner, answering, export_file, fastest, fastest_classifier, to_onnx, torch_runner
 from segmentation.models import build_network
 from segmentation.refine import RefineConfig, Refiner
 from wsi.errors import EnvironmentFaultError, ModelMismatchError, UsageError
@@ -65,11 +67,11 @@ def delayed(run: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 def test_onnx_runtime_says_what_pytorch_says_for_any_batch(name: str) -> None:
     needs_extra()
     network = trained(name)
-    runner = OnnxRunner(to_onnx(network, picture(side=20), {"classes": ["a", "b"]}))
+    runner = OnnxRunner(to_onnx(answering(network), picture(side=20), {"classes": ["a", "b"]}))
     assert runner.facts == {"classes": ["a", "b"]}
     for batch in (1, 3):
         x = picture(batch, 20)
-        expected = torch_runner(network)(x)
+        expected = torch_runner(answering(network))(x)
         np.testing.assert_allclose(runner(x), expected, atol=1e-3)
         np.testing.assert_allclose(expected.sum(1), 1, atol=1e-5)
     assert np.ptp(expected) > 0.1
@@ -81,8 +83,8 @@ def test_a_classifiers_logits_become_probabilities_too() -> None:
     x = picture(5)
     with torch.no_grad():
         expected = network(torch.from_numpy(x)).softmax(1).numpy()
-    np.testing.assert_allclose(OnnxRunner(to_onnx(network, x))(x), expected, atol=1e-5)
-    np.testing.assert_allclose(torch_runner(network)(x), expected, atol=1e-6)
+    np.testing.assert_allclose(OnnxRunner(to_onnx(answering(network), x))(x), expected, atol=1e-5)
+    np.testing.assert_allclose(torch_runner(answering(network))(x), expected, atol=1e-6)
 
 
 def test_the_faster_one_is_taken_and_what_was_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +97,7 @@ def test_the_faster_one_is_taken_and_what_was_measured_is_said(monkeypatch: pyte
     assert choice.name == "onnxruntime"
     assert choice.seconds["torch"] > 0.2 > choice.seconds["onnxruntime"]
     assert choice.why.startswith("onnxruntime (torch 0.2")
-    np.testing.assert_allclose(choice(x), real(network)(x), atol=1e-5)
+    np.testing.assert_allclose(choice(x), real(answering(network))(x), atol=1e-5)
     call = OnnxRunner.__call__
     monkeypatch.setattr(export, "torch_runner", real)
     monkeypatch.setattr(OnnxRunner, "__call__", delayed(call))
@@ -141,6 +143,38 @@ def test_saved_networks_of_both_kinds_are_exported_by_the_verb(tmp_path: Path) -
         runner(picture())
     x = picture(2, 16, 3)
     np.testing.assert_allclose(OnnxRunner(tmp_path / "d.onnx")(x), dense.predict(x), atol=1e-3)
+
+
+class Probable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.layer(x).mean((2, 3)).softmax(1)
+        return answer
+
+
+def test_a_classifier_in_onnx_runtime_looks_the_same_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_extra()
+    torch.manual_seed(0)
+    spec = EncoderSpec("c", "c", 2, 16, 16, 16, 1.0, "pooled", mean=(0.7, 0.5, 0.6), std=(0.2, 0.2, 0.3))
+    encoder = Encoder(spec, Probable())
+    real = export.torch_runner
+    monkeypatch.setattr(export, "torch_runner", lambda module: delayed(real(module)))
+    faster, choice = fastest_classifier(encoder, batch_size=4)
+    assert choice.name == "onnxruntime"
+    assert faster.identity == encoder.identity
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 20, 24, 3), np.uint8)  # resized and cut, as the encoder does
+    expected = EncoderRunner(encoder).encode(pixels).vectors
+    np.testing.assert_allclose(EncoderRunner(faster).encode(pixels).vectors, expected, atol=1e-3)
+    assert np.ptp(expected[:, 0]) > 1e-3
+    monkeypatch.setattr(export, "torch_runner", real)
+    call = OnnxRunner.__call__
+    monkeypatch.setattr(OnnxRunner, "__call__", delayed(call))
+    assert fastest_classifier(encoder, batch_size=4)[0] is encoder
+    with pytest.raises(UsageError, match="c: only a backbone that gives probabilities"):
+        fastest_classifier(Encoder(EncoderSpec("c", "c", 2, 16, 16, 16, 1.0, "cls"), Probable()))
 
 
 def test_without_the_extra_there_is_one_clear_line_and_pytorch_goes_on(
