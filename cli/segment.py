@@ -74,6 +74,26 @@ def evaluate(
     return 0
 
 
+@segment.command()
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+def export(model: Path, out: Path) -> int:
+    """Write a refinement or dense network as ONNX, checked against PyTorch and timed on this machine.
+
+    Needs the extra: pip install 'wsi-engine[onnx]'.
+
+    \b
+    wsi segment export refinement.safetensors refinement.onnx
+    """
+    from segmentation.export import export_file
+
+    choice = export_file(model, out)
+    console = PatientConsole()
+    console.print(choice.why, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"ONNX: {out}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
 def _frame_finder(slides: Path) -> "Callable[[str], Frame | None]":
     """Finds a slide in a folder by its stem, and opens only that one."""
     from wsi.discover import discover

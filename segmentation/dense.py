@@ -1,0 +1,347 @@
+"""Dense path: a network at full resolution over a slide's tissue, tile by tile, into a probability map on disk.
+
+For what a low-resolution picture does not show, such as glands. Tiles overlap and are blended, see ``segmentation.blend``;
+memory grows with the slide's width, never with its height.
+"""
+
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+import torch
+from numpy.typing import NDArray
+
+from features.encoder import Encoder, resolve_device
+from segmentation.blend import Blend, hann_window, tile_corners
+from segmentation.fit import Draw, Example, FitConfig, as_input
+from segmentation.models import SegmentationModel, build_network
+from segmentation.models.tokens import TokenDecoder
+from segmentation.place import MapPlace
+from segmentation.raster import Raster
+from segmentation.saved import read_network, save_network
+from wsi._files import fsync_folder, fsync_tree
+from wsi.annotation import Annotation
+from wsi.errors import ModelMismatchError, StoreFormatError, UsageError
+from wsi.grid import TileGrid, Tiling
+from wsi.slide import Slide
+from wsi.stream import TileStream, default_read_threads
+
+__all__ = [
+    "DenseConfig",
+    "DenseMap",
+    "DenseSegmenter",
+    "LabelRows",
+    "contours_of",
+    "draw_from",
+    "open_dense",
+    "segment_slide",
+]
+
+_KIND = "dense"
+_MAP = {"format": "wsi-probability-map", "version": 1}
+_CHUNK_PX = 256
+_TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """What a dense network sees and says; saved with it.
+
+    Attributes:
+        classes: names of the labels 1, 2, …
+        mpp: microns per pixel of what it sees.
+        network: a name in ``segmentation.models.NETWORKS``, or ``"tokens"`` for a decoder on a foundation model.
+        hyper: its hyper-parameters, where not those of the paper.
+        tile_px: of the square that it sees.
+        overlap_px: that neighbouring tiles share.
+    """
+
+    classes: tuple[str, ...]
+    mpp: float = 1.0
+    network: str = "u-net"
+    hyper: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tile_px: int = 512
+    overlap_px: int = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes are different names, one at least, got {self.classes}")
+        self.tiling(0.0)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each class."""
+        return {name: label for label, name in enumerate(self.classes, start=1)}
+
+    def tiling(self, min_tissue: float) -> Tiling:
+        """How slides are cut; tiles may stick out of them."""
+        return Tiling(self.mpp, self.tile_px, self.overlap_px, min_tissue, edge="pad")
+
+
+class DenseSegmenter:
+    """A dense network with what it takes to use it.
+
+    Attributes:
+        config: what it sees and says.
+        network: in eval mode.
+    """
+
+    def __init__(self, config: DenseConfig, network: SegmentationModel) -> None:
+        self.config = config
+        self.network = network.eval()
+
+    @classmethod
+    def untrained(
+        cls, config: DenseConfig, *, encoder: Encoder | None = None, seed: int = 0, device: str = "auto"
+    ) -> "DenseSegmenter":
+        """A network with weights drawn from ``seed``; train it with ``segmentation.fit.fit``.
+
+        Args:
+            encoder: the foundation model of a ``"tokens"`` network, which runs where that does.
+
+        Raises:
+            UsageError: an encoder is missing, or there is one and nothing for it to do.
+        """
+        if (encoder is not None) != (config.network == _TOKENS):
+            raise UsageError(f"a network on {_TOKENS} needs an encoder, and no other does; asked for {config.network}")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            network = (
+                build_network(config.network, 3, len(config.classes) + 1, **config.hyper).to(resolve_device(device))
+                if encoder is None
+                else TokenDecoder(encoder, len(config.classes) + 1, **config.hyper)
+            )
+        return cls(config, network)
+
+    @torch.inference_mode()
+    def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, 3, h, w) colours from 0 to 1 → (B, 1 + C, h, w) probabilities."""
+        device = next(self.network.parameters()).device
+        return np.asarray(self.network(torch.from_numpy(x).to(device)).logits.softmax(1).cpu().numpy())
+
+    def save(self, path: str | os.PathLike[str], *, fitted: FitConfig | None = None) -> None:
+        """Write the network with its facts; of a foundation model only which one it is."""
+        encoder = self.network.encoder.identity if isinstance(self.network, TokenDecoder) else None
+        facts = {
+            "config": asdict(self.config), "fit": None if fitted is None else asdict(fitted), "encoder": encoder,
+        }  # fmt: skip
+        save_network(path, _KIND, facts, self.network)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, encoder: Encoder | None = None, device: str = "auto"
+    ) -> "DenseSegmenter":
+        """Read a network.
+
+        Raises:
+            ModelMismatchError: the file is none of ours, damaged, or the encoder is not the one it was trained on.
+            UsageError: it needs an encoder and got none, or the other way round.
+        """
+        facts, tensors = read_network(path, _KIND)
+        theirs = (facts.get("encoder") or {}).get("name")
+        if encoder is None and theirs is not None:
+            raise UsageError(f"{path}: was trained on tokens of {theirs}; pass that encoder")
+        if encoder is not None and theirs is not None:
+            ours = {key: encoder.identity[key] for key in ("name", "weights_sha256")}
+            if any(facts["encoder"].get(key) != value for key, value in ours.items()):
+                raise ModelMismatchError(f"{path}: was trained on other weights or another encoder than {ours['name']}")
+        try:
+            made = cls.untrained(DenseConfig(**facts["config"]), encoder=encoder, device=device)
+            made.network.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelMismatchError(f"{path}: cannot be used as a dense network ({error})") from error
+        return made
+
+
+class LabelRows:
+    """(H, W) uint8 likeliest classes of a probability map, made when their rows are asked for; unscored is background."""
+
+    def __init__(self, probabilities: Any) -> None:
+        self._probabilities = probabilities
+        self.shape: tuple[int, ...] = probabilities.shape[1:]
+        self.chunks: tuple[int, ...] = (getattr(probabilities, "chunks", None) or (0, 1, 1))[1:]
+
+    def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
+        values = np.nan_to_num(np.asarray(self._probabilities[:, rows]), nan=0.0)
+        return np.asarray(values.argmax(0), np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMap:
+    """A probability map on disk.
+
+    Attributes:
+        probabilities: (1 + C, H, W) Zarr array, float16, background the first; NaN = not scored.
+        place: where the map lies on the slide.
+        classes: the name of each label.
+        unreadable: tiles that could not be read.
+    """
+
+    probabilities: Any
+    place: MapPlace
+    classes: Mapping[int, str]
+    unreadable: int
+
+    @property
+    def labels(self) -> LabelRows:
+        """The likeliest classes."""
+        return LabelRows(self.probabilities)
+
+
+def open_dense(path: str | os.PathLike[str]) -> DenseMap:
+    """Open what ``segment_slide`` wrote.
+
+    Raises:
+        StoreFormatError: there is none, or one of another release.
+    """
+    import zarr
+
+    try:
+        array = zarr.open_array(Path(path), mode="r")
+        facts: Any = array.attrs.asdict()
+        if {key: facts[key] for key in _MAP} != _MAP:
+            raise StoreFormatError(f"{path}: holds {facts['format']} {facts['version']}, this release reads {_MAP}")
+        classes = dict(enumerate(facts["classes"], start=1))
+        return DenseMap(array, MapPlace(**facts["place"]), classes, facts["unreadable"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreFormatError(f"{path}: not a probability map ({error})") from error
+
+
+def segment_slide(
+    segmenter: DenseSegmenter,
+    slide: Slide,
+    path: str | os.PathLike[str],
+    *,
+    tissue: Sequence[Annotation] | None = None,
+    batch_size: int = 4,
+    predict: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+) -> DenseMap:
+    """Run a dense network over a slide's tissue; the map at ``path`` is whole or not there.
+
+    Args:
+        tissue: outlines to use instead of looking for them; tiles that touch them are seen.
+        predict: what to ask in place of the network itself, such as ``segmentation.export.fastest``'s choice.
+
+    Raises:
+        UsageError: there is something at ``path`` already.
+        TooCoarseError: the scan is too coarse for the network.
+    """
+    import zarr
+    from zarr.codecs import ZstdCodec
+
+    path = Path(path)
+    if path.exists():
+        raise UsageError(f"{path}: is there already; remove it or choose another name")
+    config, predict = segmenter.config, predict or segmenter.predict
+    grid = slide.grid(config.tiling(0.0), tissue=tissue)
+    place = MapPlace((grid.side[0] / grid.tile_px, grid.side[1] / grid.tile_px), slide.mpp.xy)
+    height, width = (
+        math.ceil(length / scale) for length, scale in zip(slide.size[::-1], place.scale[::-1], strict=True)
+    )
+    n_classes = len(config.classes) + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        array = zarr.create_array(
+            staging,
+            shape=(n_classes, height, width),
+            chunks=(n_classes, min(_CHUNK_PX, height), min(_CHUNK_PX, width)),
+            dtype="float16",
+            fill_value=math.nan,
+            compressors=ZstdCodec(level=3, checksum=True),
+            dimension_names=("class", "y", "x"),
+        )
+        with Blend(array, hann_window(config.tile_px)) as blend:
+            corners = tile_corners(grid, place)
+            for batch in TileStream(slide, grid, batch_size, default_read_threads()):
+                predictions = predict(as_input(list(batch.pixels), [_no_heat(config.tile_px)] * len(batch)))
+                predictions[~batch.readable] = np.nan
+                blend.add(corners[batch.start : batch.start + len(batch)], predictions)
+                batch.release()
+        facts: dict[str, Any] = {
+            **_MAP,
+            "classes": list(config.classes),
+            "place": asdict(place),
+            "unreadable": len(blend.unscored),
+        }
+        array.attrs.update(facts)
+        fsync_tree(staging)
+        staging.rename(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
+    return open_dense(path)
+
+
+def draw_from(
+    slides: Sequence[tuple[Slide, Sequence[Annotation]]],
+    config: DenseConfig,
+    *,
+    tissue: Sequence[Sequence[Annotation]] | None = None,
+) -> Draw:
+    """Draws squares of annotated slides: a slide at random, then a place in its tissue.
+
+    The later of two classes in ``config.classes`` is on top where they overlap.
+
+    Args:
+        tissue: outlines for each slide, to use instead of looking for them.
+
+    Raises:
+        UsageError: there are no slides, or one without tissue.
+    """
+    if not slides:
+        raise UsageError("there is no slide to draw examples from")
+    tiling = replace(config.tiling(0.0), overlap_px=0)
+    outlines = [None] * len(slides) if tissue is None else tissue
+    grids = [slide.grid(tiling, tissue=known) for (slide, _), known in zip(slides, outlines, strict=True)]
+    for (slide, _), grid in zip(slides, grids, strict=True):
+        if not len(grid):
+            raise UsageError(f"{slide.name}: holds no tissue to draw examples from")
+
+    def draw(rng: np.random.Generator) -> Example:
+        which = int(rng.integers(len(slides)))
+        (slide, truth), grid = slides[which], grids[which]
+        tile = _moved(grid, int(rng.integers(len(grid))), slide.size, rng)
+        place = MapPlace(
+            (tile.side[0] / tile.tile_px, tile.side[1] / tile.tile_px), slide.mpp.xy, tuple(tile.xy[0].tolist())
+        )
+        shape = (tile.tile_px, tile.tile_px)
+        mask = Raster(truth, place, shape, config.labels)[:].astype(np.uint8)
+        return Example(slide.read_tile(tile, 0), _no_heat(tile.tile_px), mask)
+
+    return draw
+
+
+def contours_of(objects: Sequence[Annotation], width_um: float, place: MapPlace, name: str) -> list[Annotation]:
+    """The rims of objects as annotations of the class ``name``: what lies within ``width_um`` of an object's border, inside it.
+
+    Objects that touch are parted by both of their rims, which ``segmentation.instances.part_by_contour`` needs.
+    """
+    width = width_um / math.sqrt(place.mpp[0] * place.mpp[1])
+    rims = []
+    for one in objects:
+        shape = shapely.make_valid(one.geometry)
+        rims.append(Annotation(shapely.difference(shape, shapely.buffer(shape, -width)), name))
+    return rims
+
+
+def _moved(grid: TileGrid, row: int, size: tuple[int, int], rng: np.random.Generator) -> TileGrid:
+    """A tile of a grid, moved by up to half of its side, kept on the slide where that is large enough."""
+    step = np.array(grid.downsample)
+    half = np.array(grid.side) // step // 2
+    xy = grid.xy[row] // step + rng.integers(-half, half + 1)
+    last = np.maximum(0, (np.array(size) - grid.side) // step)
+    return replace(grid, xy=(np.clip(xy, 0, last) * step)[None], tissue=grid.tissue[[row]])
+
+
+def _no_heat(tile_px: int) -> NDArray[np.float32]:
+    return np.empty((0, tile_px, tile_px), np.float32)

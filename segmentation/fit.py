@@ -1,0 +1,180 @@
+"""Fit: the training loop of networks from pixels to classes, on examples that a callable draws."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from segmentation.losses import IGNORE, SegmentationLoss
+from segmentation.models import SegmentationModel
+from wsi.errors import UsageError
+
+__all__ = ["Draw", "Example", "FitConfig", "Fitted", "as_input", "fit", "mean_dice"]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A picture, what is already known of it, and the truth.
+
+    Attributes:
+        image: (h, w, 3) uint8.
+        heat: (C, h, w) float32, probability maps; C is 0 where there are none.
+        mask: (h, w) uint8 labels, 0 background, ``IGNORE`` what counts for nothing.
+    """
+
+    image: NDArray[np.uint8]
+    heat: NDArray[np.float32]
+    mask: NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        shape = self.mask.shape
+        if len(shape) != 2 or self.image.shape != (*shape, 3) or self.heat.ndim != 3 or self.heat.shape[1:] != shape:
+            raise ValueError(
+                f"image, heat and mask are (h, w, 3), (C, h, w), (h, w); got {self.image.shape}, {self.heat.shape}, {shape}"
+            )
+
+    def turned(self, quarters: int, mirrored: bool) -> "Example":
+        """The same, turned by quarters and then mirrored: picture, heat and truth alike."""
+        side = slice(None, None, -1) if mirrored else slice(None)
+        return Example(
+            np.rot90(self.image, quarters)[:, side],
+            np.rot90(self.heat, quarters, (1, 2))[:, :, side],
+            np.rot90(self.mask, quarters)[:, side],
+        )
+
+
+Draw = Callable[[np.random.Generator], Example]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a network is trained; saved with it.
+
+    Defaults are those of H2G-Net's second stage: Adam, 1e-4, 6 pictures at once and 4 times before a step; it trains for up
+    to 1000 epochs, which is ``steps`` here, as there is no epoch where examples are drawn.
+
+    Attributes:
+        steps: of the optimiser.
+        batch_size, accumulate: pictures at once, and how often before a step.
+        turns: turn and mirror examples at random; for pictures that are not square only by half turns.
+        validate_every: steps between looks at the validation examples, if there are any; the best weights are kept.
+        patience: looks without a better one after which training ends.
+        seed: of everything that is drawn.
+    """
+
+    steps: int = 1000
+    batch_size: int = 6
+    accumulate: int = 4
+    learning_rate: float = 1e-4
+    turns: bool = True
+    validate_every: int = 50
+    patience: int = 10
+    seed: int = 0
+    loss: SegmentationLoss = field(default_factory=SegmentationLoss)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "validate_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is positive, got {self.learning_rate}")
+
+
+class Fitted(NamedTuple):
+    """How training went: the loss of each step, ``(step, Dice)`` of each look, and the step whose weights were kept."""
+
+    losses: tuple[float, ...]
+    scores: tuple[tuple[int, float], ...]
+    best_step: int
+
+
+def as_input(images: Sequence[NDArray[np.uint8]], heats: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """(B, 3 + C, h, w) float32 as networks take it: colours from 0 to 1, then probabilities, 0 where there is none."""
+    colours = np.stack([image.transpose(2, 0, 1) for image in images]).astype(np.float32) / 255
+    return np.concatenate([colours, np.nan_to_num(np.stack(heats).astype(np.float32))], axis=1)
+
+
+def fit(
+    network: SegmentationModel, draw: Draw, config: FitConfig | None = None, validation: Sequence[Example] = ()
+) -> Fitted:
+    """Train ``network`` where it is, on the device it is on; it ends in eval mode with the best weights.
+
+    The same seed, examples and machine give the same weights. The caller's random numbers are left alone.
+
+    Args:
+        draw: an example for a generator; those of one batch have one size.
+        validation: what decides which weights are kept; without it the last ones are.
+
+    Raises:
+        UsageError: the loss is not finite, or a mask has labels that the network has not.
+    """
+    config = config or FitConfig()
+    device = next(network.parameters()).device
+    rng = np.random.default_rng(config.seed)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=config.learning_rate)
+    losses: list[float] = []
+    scores: list[tuple[int, float]] = []
+    best: tuple[float, int, dict[str, Tensor]] | None = None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        for step in range(1, config.steps + 1):
+            network.train()
+            total = 0.0
+            for _ in range(config.accumulate):
+                examples = [_drawn(draw, rng, turns=config.turns) for _ in range(config.batch_size)]
+                x, targets = _tensors(examples, device)
+                loss = config.loss(network(x), targets) / config.accumulate
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.item()
+            if not np.isfinite(total):
+                raise UsageError(f"the loss is {total} at step {step}; lower learning_rate")
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(total)
+            if validation and (step % config.validate_every == 0 or step == config.steps):
+                scores.append((step, mean_dice(network, validation)))
+                if best is None or scores[-1][1] > best[0]:
+                    best = (scores[-1][1], step, {k: v.clone() for k, v in network.state_dict().items()})
+                elif len([s for s, _ in scores if s > best[1]]) >= config.patience:
+                    break
+    if best is not None:
+        network.load_state_dict(best[2])
+    network.eval()
+    return Fitted(tuple(losses), tuple(scores), best[1] if best else len(losses))
+
+
+@torch.inference_mode()
+def mean_dice(network: SegmentationModel, examples: Sequence[Example]) -> float:
+    """Dice of the likeliest classes, each over all pixels of all examples, the mean over classes but the first."""
+    network.eval()
+    device = next(network.parameters()).device
+    both, apart = (np.zeros(network.n_classes, np.int64) for _ in range(2))
+    for example in examples:
+        x, targets = _tensors([example], device)
+        found = network(x).logits.argmax(1)
+        for label in range(1, network.n_classes):
+            mine, true = (found == label) & (targets != IGNORE), targets == label
+            both[label] += int((mine & true).sum())
+            apart[label] += int(mine.sum() + true.sum())
+    seen = apart > 0
+    return float((2 * both[seen] / apart[seen]).mean()) if seen.any() else 1.0
+
+
+def _drawn(draw: Draw, rng: np.random.Generator, *, turns: bool) -> Example:
+    example = draw(rng)
+    if not turns:
+        return example
+    height, width = example.mask.shape
+    quarters = int(rng.integers(4)) if height == width else 2 * int(rng.integers(2))
+    return example.turned(quarters, bool(rng.integers(2)))
+
+
+def _tensors(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    x = torch.from_numpy(as_input([e.image for e in examples], [e.heat for e in examples]))
+    targets = torch.from_numpy(np.stack([e.mask for e in examples]).astype(np.int64))
+    return x.to(device), targets.to(device)
