@@ -57,7 +57,7 @@ config_options = stack(
     click.option("--model", help="abmil, abmil-gated, clam-sb, …  [default: abmil-gated]"),
     click.option("--folds", type=click.IntRange(min=2), help="Random folds.  [default: 5]"),
     click.option("--members", type=click.IntRange(min=1), help="Models a fold, whose answers are averaged.  [default: 3]"),
-    click.option("--epochs", type=click.IntRange(min=1), help="Longest training of a model.  [default: 15, more with few slides]"),
+    click.option("--epochs", type=click.IntRange(min=1), help="Of a model, at most.  [default: 15, more with few slides]"),
     click.option(
         "--fusion", type=click.Choice(["late", "early", "none"]), help="Several slides of a patient.  [default: late]"
     ),

@@ -104,24 +104,7 @@ class TrainConfig:
         _one_of("split_by", self.split_by, get_args(SplitBy))
         _one_of("scale", self.scale, ("standard", "none"))
         _one_of("precision", self.precision, get_args(Precision))
-        for name, least in (
-            ("folds", 2), ("members", 1), ("inner", 1), ("epochs", 1), ("warmup_epochs", 0), ("patience", 1),
-            ("batch_size", 1), ("accumulate", 1), ("max_tiles", 1), ("bins", 2), ("draws", 1), ("seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if name in ("epochs", "batch_size") and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"{name} is a whole number from {least}, not {value!r}")
-        for name, low, high in (
-            ("lr", 0, math.inf), ("weight_decay", 0, math.inf), ("tile_dropout", 0, 1), ("feature_dropout", 0, 1),
-            ("average", 0, 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if name == "lr" and value is None:
-                continue
-            if not isinstance(value, int | float) or not low <= value < high or (name == "lr" and value == 0):
-                raise UsageError(f"{name} is a number from {low} to below {high:g}, not {value!r}")
+        _check_numbers(self)
         for name, weight in self.task_weights.items():
             if not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise UsageError(f"the weight of a task is a number above 0, not {weight!r} for {name!r}")
@@ -193,3 +176,24 @@ class TrainConfig:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{name} is one of {', '.join(allowed)}, not {value!r}")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name, least in (
+        ("folds", 2), ("members", 1), ("inner", 1), ("epochs", 1), ("warmup_epochs", 0), ("patience", 1),
+        ("batch_size", 1), ("accumulate", 1), ("max_tiles", 1), ("bins", 2), ("draws", 1), ("seed", 0),
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if name in ("epochs", "batch_size") and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f"{name} is a whole number from {least}, not {value!r}")
+    for name, low, high in (
+        ("lr", 0, math.inf), ("weight_decay", 0, math.inf), ("tile_dropout", 0, 1), ("feature_dropout", 0, 1),
+        ("average", 0, 1),
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if name == "lr" and value is None:
+            continue
+        if not isinstance(value, int | float) or not low <= value < high or (name == "lr" and value == 0):
+            raise UsageError(f"{name} is a number from {low} to below {high:g}, not {value!r}")
