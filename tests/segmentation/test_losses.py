@@ -79,6 +79,15 @@ def test_coarser_heads_see_the_shares_of_their_blocks_and_weigh_half_of_the_fine
     assert got == pytest.approx((of_fine + 0.5 * of_coarse) / 1.5, rel=1e-5)
 
 
+def test_each_head_weighs_half_of_the_next_finer_one() -> None:
+    targets = torch.ones((1, 4, 4), dtype=torch.int64)
+    said = (0.9, 0.6, 0.2)
+    heads = [logits_of(torch.full((1, side, side), p)) for side, p in zip((4, 2, 1), said, strict=True)]
+    loss = SegmentationLoss(dice=0, cross_entropy=1)(SegmentationOutput(heads[0], tuple(heads[1:])), targets)
+    first, second, third = (-math.log(p) for p in said)
+    assert loss.item() == pytest.approx((first + second / 2 + third / 4) / 1.75, rel=1e-5)
+
+
 def test_deep_heads_of_weight_nothing_do_not_count() -> None:
     targets = torch.tensor([[[1, 0], [0, 0]]])
     fine, coarse = torch.randn(1, 2, 2, 2), torch.randn(1, 2, 1, 1)
