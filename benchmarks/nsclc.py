@@ -1,9 +1,9 @@
 """All models on real lung slides: adenocarcinoma or squamous, 5 folds that split no patient, against mean pooling.
 
-The baseline is scikit-learn's logistic regression on the mean of a slide's features, standardised on the training part,
-on the same folds; a patient's answer is the mean over the slides, as it is for the models. Differences are paired over
-patients. Every model is trained with the defaults of TrainConfig, one model a fold, transformers as narrow as ``NARROW`` says;
-the last row averages five models a fold. The encoder was trained on these very slides without labels, so the numbers
+The baseline is scikit-learn's logistic regression on the mean of a slide's features, standardised and its strength chosen on
+the training part, on the same folds; a patient's answer is the mean over the slides, as it is for the models. Differences
+are paired over patients. Every model is trained with the defaults of TrainConfig, one model a fold, transformers as narrow
+as ``NARROW`` says. The encoder was trained on these very slides without labels, so the numbers
 compare heads and are no claim about new patients.
 
     python benchmarks/nsclc.py FOLDER      # with tcga-nsclc-hipt192.npz and tcga-nsclc.csv
@@ -18,13 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from figures import Figure, parser, report
-from probes import by_patient
+from probes import probe
 from real_bags import lung
 from rich.console import Console
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from mil import MODELS, Cohort, Result, TrainConfig, compare, cross_validate
 from mil.metrics import Interval, intervals, measure
@@ -47,12 +44,8 @@ def mean_pool(cohort: Cohort, config: TrainConfig) -> tuple[Predictions, list[fl
     """Predictions of the logistic regression, and its AUROC in each fold."""
     cases = cohort.cases(config.fusion)
     means = np.stack([cohort.read(bag).features.mean(0).numpy() for bag in cases.bags])
-    parts = []
-    for fold in make_folds(cases, cohort.target, by=config.split_by, folds=config.folds, seed=config.seed):
-        train = cases.bags_of(fold.train)
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-        model.fit(means[train], cases.y[cases.owner[train]])
-        parts.append(by_patient(cases, cohort.target, fold, model.predict_proba(means)))
+    folds = make_folds(cases, cohort.target, by=config.split_by, folds=config.folds, seed=config.seed)
+    parts = [probe(cases, cohort.target, fold, means).predictions for fold in folds]
     return stack(parts), [measure(part)["auroc"] for part in parts]
 
 
@@ -69,6 +62,7 @@ def main() -> None:
         "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="of TrainConfig"
     )
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--work", type=Path, metavar="FOLDER", help="keep the runs here, and use those that are there")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     cohort = lung(chosen.folder)
@@ -89,7 +83,7 @@ def main() -> None:
     for title, name, each in runs:
         start = time.perf_counter()
         each = replace(each, model=name, hyper=NARROW.get(name, {}) | dict(each.hyper))  # noqa: PLW2901 - the same, named
-        result = cross_validate(cohort, each)
+        result = cross_validate(cohort, each, out=chosen.work and chosen.work / title.replace(", ", "-"))
         seconds = (time.perf_counter() - start) / len(result.folds)
         found: Interval = result.intervals(draws=DRAWS)["auroc"]
         more = compare(result.predictions, baseline)
