@@ -1,6 +1,5 @@
 """PatchClassifier: patches in, a probability for each class out. A network of ``features`` with a head of its own."""
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -20,15 +19,14 @@ from features.encoder import (
     load_encoder,
 )
 from features.weights import WeightsRecord, state_sha256
-from wsi._files import write_atomically
+from segmentation.saved import read_network, save_network
 from wsi.annotation import class_color
 from wsi.errors import ModelMismatchError, RunMismatchError, UsageError
 from wsi.grid import TileGrid, Tiling
 
 __all__ = ["H2G_MOBILENET", "NetworkOptions", "PatchClassifier", "PatchFacts"]
 
-_FORMAT: Final = "wsi-patch-classifier"
-_VERSION: Final = 1
+_KIND: Final = "patch-classifier"
 _MPP_TOLERANCE: Final = 0.1
 
 # The trunk of H2G-Net's patch classifier: pixels from 0 to 1, not normalised further.
@@ -222,20 +220,13 @@ class PatchClassifier(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the classifier as one safetensors file, which holds no code; of a frozen trunk only its digest."""
-        from safetensors.torch import save
-
-        about = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "facts": asdict(self.facts),
+        facts = {
+            "patches": asdict(self.facts),
             "options": asdict(self.options),
             "trunk": asdict(self.trunk.spec),
             "trunk_sha256": self.trunk.weights_sha256 if self.options.frozen else None,
         }
-        kept = self.head.state_dict() if self.options.frozen else self.state_dict()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
-        # One key: safetensors writes several in an order of its own, and equal models should be equal files.
-        write_atomically(path, save(tensors, {"wsi": json.dumps(about, sort_keys=True)}))
+        save_network(path, _KIND, facts, self.head if self.options.frozen else self)
 
     @classmethod
     def load(
@@ -250,16 +241,10 @@ class PatchClassifier(nn.Module):
             ModelMismatchError: the file is none of ours, damaged, or its trunk has other weights than in training.
             MissingWeightsError: those of a frozen trunk are not on this machine.
         """
-        from safetensors import SafetensorError, safe_open
-
+        about, tensors = read_network(path, _KIND)
         try:
-            with safe_open(path, "pt", device="cpu") as file:
-                about = json.loads((file.metadata() or {})["wsi"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            if (about["format"], about["version"]) != (_FORMAT, _VERSION):
-                raise ModelMismatchError(f"{path}: not a classifier of this release, which reads {_FORMAT} {_VERSION}")
             options = NetworkOptions(**about["options"])
-            facts = PatchFacts(**about["facts"])
+            facts = PatchFacts(**about["patches"])
             if options.frozen:
                 trunk = options.load(weights=trunk_weights)
                 if trunk.weights_sha256 != about["trunk_sha256"]:
@@ -270,7 +255,7 @@ class PatchClassifier(nn.Module):
                 trunk = Encoder(_spec(about["trunk"]), create_backbone(_spec(about["trunk"])))
             made = cls(facts, options, trunk)
             (made.head if options.frozen else made).load_state_dict(tensors)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError, UsageError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError, UsageError) as error:
             raise ModelMismatchError(
                 f"{path}: cannot be used as a patch classifier ({error}); train it again"
             ) from error

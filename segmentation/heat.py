@@ -144,7 +144,7 @@ class ProbabilityMap:
 def heat_grid(
     slide: Slide, facts: PatchFacts, options: HeatOptions, tissue: Sequence[Annotation] | None = None
 ) -> TileGrid:
-    """The patches of a slide that are looked at, in rows; together they cover all tissue, the slide's edges included.
+    """The patches of a slide that hold enough tissue, in rows; those at its right and lower edge stick out.
 
     Raises:
         TooCoarseError: the slide is too coarse for what the classifier was trained on.

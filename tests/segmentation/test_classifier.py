@@ -104,14 +104,14 @@ def test_what_is_saved_answers_the_same(kind: str, mobilenet: PatchClassifier, t
     again.save(tmp_path / "again.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     if kind == "frozen":
-        assert (tmp_path / "model.safetensors").stat().st_size < 3000  # the head alone
+        assert (tmp_path / "model.safetensors").stat().st_size < 4000  # the head alone
 
 
 def test_a_damaged_or_foreign_file_is_refused_in_a_line(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     PatchClassifier.create(FACTS, COLOURS).save(path)
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole.replace(b"wsi-patch-classifier", b"wsi-patch-classifiex")):
+    for damaged in (whole[: len(whole) // 2], b"", whole.replace(b"patch-classifier", b"patch-classifiex")):
         path.write_bytes(damaged)
         with pytest.raises(ModelMismatchError, match=r"model\.safetensors"):
             PatchClassifier.load(path)

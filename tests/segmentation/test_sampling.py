@@ -23,10 +23,13 @@ from segmentation.sampling import (
     weigh_hard,
     weigh_regions,
 )
-from tests.segmentation.patches import OPTIONS, PX, box, slide
+from tests.segmentation.patches import OPTIONS, PX, box, picture, slide
 from wsi.annotation import Annotation
-from wsi.errors import CohortError, SlideNotFoundError, UsageError
+from wsi.errors import CohortError, ReadError, SlideNotFoundError, UsageError
 from wsi.grid import TileGrid
+from wsi.readers.array import ArrayReader
+from wsi.readers.base import Pixels
+from wsi.resolution import Mpp
 from wsi.slide import Slide
 
 
@@ -193,6 +196,29 @@ def test_a_patch_drawn_twice_comes_twice(tmp_path: Path) -> None:
     assert batch.rows.tolist() == [3, 5, 5]
     assert (batch.pixels[1] == batch.pixels[2]).all()
     assert (batch.pixels[0] != batch.pixels[1]).any()
+
+
+class _Torn(AnnotatedSlide):
+    """A slide of which one place cannot be read."""
+
+    def open(self) -> Slide:
+        class Reader(ArrayReader):
+            def read(self, level: int, x: int, y: int, w: int, h: int) -> Pixels:
+                if x <= 100 < x + w and y <= 50 < y + h:
+                    raise ReadError("torn")
+                return super().read(level, x, y, w, h)
+
+        return Slide(Reader([picture(0)]), name="torn", path=None, mpp=Mpp(1.0, 1.0, "flag"))
+
+
+def test_patches_that_cannot_be_read_are_left_out_and_the_others_keep_their_labels(tmp_path: Path) -> None:
+    whole = slide(tmp_path, 0)
+    index = PatchIndex.of([index_slide(_Torn("torn", whole.annotations, {}, None, whole.tissue), OPTIONS)], OPTIONS)
+    batch = next(read_patches(index, np.arange(len(index)), batch_size=1000))
+    missing = np.setdiff1d(np.arange(len(index)), batch.rows)
+    assert index.slides[0].grid.xy[missing].tolist() == [[96, 48]]
+    assert len(batch.pixels) == len(batch.labels) == len(batch.rows)
+    assert ((batch.pixels[..., 0].mean((1, 2)) < 150) == (batch.labels == 1)).all()
 
 
 def test_what_cannot_be_drawn_from_is_said_in_a_line(tmp_path: Path) -> None:
