@@ -5,7 +5,7 @@ import sys
 
 from rich.console import Console
 
-__all__ = ["PatientConsole"]
+__all__ = ["PatientConsole", "say"]
 
 
 class PatientConsole(Console):
@@ -15,3 +15,8 @@ class PatientConsole(Console):
         self.quiet = True
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,14 +1,13 @@
 """wsi prototypes: typical tiles of a cohort, and with them one vector for each slide."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cli.console import PatientConsole
+from cli.console import PatientConsole, say
+from cli.embedding import Bar, tell
 
 __all__ = ["prototypes"]
 
@@ -103,20 +102,20 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
 
         slides = SlideSet.from_store(store, encoder or encoder_of(store), table)
     for left in slides.left_out:
-        _say(console, f"{left.slide}: left out, {left.reason}")
-    with _Bar(console, "reading", len(slides.slides), "slides") as bar:
+        say(console, f"{left.slide}: left out, {left.reason}")
+    with Bar(console, "reading", len(slides.slides), "slides") as bar:
         pool = draw_tiles(
             slides, values["n_tiles"], seed=values["seed"], balance=values["balance"], done=lambda _: bar.step()
         )
-    _say(console, f"{len(pool)} tiles of {len(pool.slides)} slides")
+    say(console, f"{len(pool)} tiles of {len(pool.slides)} slides")
     if out is None or ks is not None:
         asked = _numbers(ks or "")
-        with _Bar(console, "fitting", len(asked), "values of k") as bar:
+        with Bar(console, "fitting", len(asked), "values of k") as bar:
             found = report_k(
                 pool, asked, seed=values["seed"], restarts=values["restarts"], scale=values["scale"],
                 done=lambda _: bar.step(),
             )  # fmt: skip
-        _say(console, str(found))
+        say(console, str(found))
         return 0
     with console.status("k-means …"):
         fitted = fit_prototypes(
@@ -126,8 +125,8 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
         fitted.save(out)
     shares = ", ".join(f"{share:.1%}" for share in fitted.shares[:8])
     more = f" and {fitted.k - 8} smaller ones" if fitted.k > 8 else ""
-    _say(console, f"{fitted.k} prototypes of {' and '.join(fitted.encoders)}: {shares}{more} of the tiles")
-    _say(console, f"prototypes: {out}  (wsi prototypes embed {store} --prototypes {out} uses them)")
+    say(console, f"{fitted.k} prototypes of {' and '.join(fitted.encoders)}: {shares}{more} of the tiles")
+    say(console, f"prototypes: {out}  (wsi prototypes embed {store} --prototypes {out} uses them)")
     return 0
 
 
@@ -180,21 +179,11 @@ def embed(
         embedder = build_embedder(method, **_settings(settings))
         fitted = None if path is None else Prototypes.load(path)
         opened = FeatureStore(store)
-    with _Bar(console, "embedding", len(opened), "slides") as bar:
+    with Bar(console, "embedding", len(opened), "slides") as bar:
         report = embed_slides(
             opened, fitted, embedder, encoder=encoder, name=name, replace=replace, done=lambda *_: bar.step()
         )
-    for left in report.left_out:
-        _say(console, f"{left.slide}: left out, {left.reason}")
-    for failure in report.failed:
-        _say(console, f"{failure.slide}: FAILED, {failure.code}: {failure.message}")
-    counts = f"{len(report.done)} slides embedded, {len(report.skipped)} there already"
-    counts += f", {len(report.left_out)} left out" if report.left_out else ""
-    counts += f", {len(report.failed)} failed" if report.failed else ""
-    _say(console, f"{report.name}: {counts}")
-    if report.failed:
-        return 3 if report.done or report.skipped else 4
-    return 0
+    return tell(console, report)
 
 
 @prototypes.command(context_settings=_HELP)
@@ -272,22 +261,22 @@ def show(
         if labels is not None and target is not None:
             cohort = Cohort.from_store(store, labels, Labels(target, event=event), encoder=fitted.encoders[0])
     for left in slides.left_out:
-        _say(console, f"{left.slide}: left out, {left.reason}")
-    with _Bar(console, "reading features", len(slides.slides), "slides") as bar:
+        say(console, f"{left.slide}: left out, {left.reason}")
+    with Bar(console, "reading features", len(slides.slides), "slides") as bar:
         survey = survey_slides(slides, fitted, n_near=n_near, per_slide=per_slide, done=lambda _: bar.step())
     found = None if cohort is None else outcome_table(survey, cohort)
-    with _Bar(console, "reading tiles", len({tile.slide for near in survey.nearest for tile in near}), "slides") as bar:
+    with Bar(console, "reading tiles", len({tile.slide for near in survey.nearest for tile in near}), "slides") as bar:
         failed = draw_sheets(survey, slides.source, out, done=lambda _: bar.step())
     draw_charts(survey, out, cohort)
     if maps:
-        with _Bar(console, "maps", len(slides.slides), "slides") as bar:
+        with Bar(console, "maps", len(slides.slides), "slides") as bar:
             failed |= draw_maps(survey, slides.source, out, done=lambda _: bar.step())
     for slide, reason in failed.items():
-        _say(console, f"{slide}: drawn without its pixels, {reason}")
+        say(console, f"{slide}: drawn without its pixels, {reason}")
     if found is not None:
         found.write(out / "outcome.csv")
-        _say(console, str(found))
-    _say(console, f"{fitted.k} prototypes in {len(survey.slides)} slides, {int(survey.n_tiles.sum())} tiles: {out}")
+        say(console, str(found))
+    say(console, f"{fitted.k} prototypes in {len(survey.slides)} slides, {int(survey.n_tiles.sum())} tiles: {out}")
     if failed:
         return 4 if len(failed) == len(survey.slides) else 3
     return 0
@@ -311,31 +300,3 @@ def _numbers(words: str) -> list[int]:
         return [int(word) for word in words.split(",")]
     except ValueError as error:
         raise click.UsageError(f"--report {words}: write whole numbers with commas, such as 8,16,32") from error
-
-
-class _Bar:
-    """A bar on a terminal, nothing elsewhere; ``step`` says that one more is done."""
-
-    def __init__(self, console: PatientConsole, what: str, total: int, unit: str) -> None:
-        self._bar: Progress | None = None
-        self.step: Callable[[], None] = lambda: None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
-                console=console, transient=True,
-            )  # fmt: skip
-            bar, task = self._bar, self._bar.add_task(what, total=total)
-            self.step = lambda: bar.advance(task)
-
-    def __enter__(self) -> "_Bar":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _say(console: PatientConsole, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cli.console import PatientConsole
+from cli.console import PatientConsole, say
 
 __all__ = ["search"]
 
@@ -82,26 +82,26 @@ def search(
             words = {slide: task.word(row) for row, slide in enumerate(cohort.slides) if task.known[row]}
             patients = dict(zip(cohort.slides, cohort.patients, strict=True))
     if len(ready) > INDEX_SLIDES and ready.index == "exact" and index == "auto":
-        _say(console, f"{len(ready)} slides are compared one by one; pip install 'wsi-engine[search]' for an index")
+        say(console, f"{len(ready)} slides are compared one by one; pip install 'wsi-engine[search]' for an index")
     if query is None:
-        _say(console, f"{embedding}, {metric}:\n{evaluate_search(ready, words, patients)}")
+        say(console, f"{embedding}, {metric}:\n{evaluate_search(ready, words, patients)}")
         return 0
     key = ready.key_of(query)
     hits = ready.nearest(key, top)
     width = max((len(slide_name(hit.slide)) for hit in hits), default=0)
-    _say(
+    say(
         console,
         f"{slide_name(key)}{_label(words, key)}, {embedding}, {metric}, {ready.index} among {len(ready)} slides:",
     )
     for place, hit in enumerate(hits, 1):
-        _say(console, f"{place:>4}  {slide_name(hit.slide):{width}}  {hit.similarity:>6.3f}{_label(words, hit.slide)}")
+        say(console, f"{place:>4}  {slide_name(hit.slide):{width}}  {hit.similarity:>6.3f}{_label(words, hit.slide)}")
     if sheet is not None:
         from mil.slide_sheet import draw_hits
 
         gone = draw_hits(store, key, hits, sheet, words)
         for slide in gone:
-            _say(console, f"{slide_name(slide)}: drawn without its pixels, its file is gone or cannot be read")
-        _say(console, f"sheet: {sheet}")
+            say(console, f"{slide_name(slide)}: drawn without its pixels, its file is gone or cannot be read")
+        say(console, f"sheet: {sheet}")
         if gone:
             return 4 if len(gone) == len(hits) + 1 else 3
     return 0
@@ -109,7 +109,3 @@ def search(
 
 def _label(words: dict[str, str], slide: str) -> str:
     return f"  {words[slide]}" if slide in words else ""
-
-
-def _say(console: PatientConsole, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

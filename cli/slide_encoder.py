@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cli.console import PatientConsole
+from cli.console import PatientConsole, say
+from cli.embedding import Bar, tell
 
 if TYPE_CHECKING:
     from mil.slide_encoders.contrastive import TrainingEpoch  # would load torch for every --help
@@ -88,20 +88,10 @@ def embed(store: Path, model: str, **values: Any) -> int:
         loaded = load_slide_encoder(SlideEncoderRequest(model, **asked))
         options = EncodeOptions(**{key: values[key] for key in ("encoder", "average", "name", "replace")})
     for remark in remarks(opened, loaded, options):
-        _say(console, f"note: {remark}")
-    with _Bar(console, "embedding", len(opened), "slides") as bar:
+        say(console, f"note: {remark}")
+    with Bar(console, "embedding", len(opened), "slides") as bar:
         report = encode_slides(opened, loaded, options, done=lambda *_: bar.step())
-    for left in report.left_out:
-        _say(console, f"{left.slide}: left out, {left.reason}")
-    for failure in report.failed:
-        _say(console, f"{failure.slide}: FAILED, {failure.code}: {failure.message}")
-    counts = f"{len(report.done)} slides embedded, {len(report.skipped)} there already"
-    counts += f", {len(report.left_out)} left out" if report.left_out else ""
-    counts += f", {len(report.failed)} failed" if report.failed else ""
-    _say(console, f"{report.name}: {counts}")
-    if report.failed:
-        return 3 if report.done or report.skipped else 4
-    return 0
+    return tell(console, report)
 
 
 @slide_encoder.command(context_settings=_HELP)
@@ -144,51 +134,19 @@ def train(store: Path, out: Path, encoder: tuple[str, ...], table: Path | None, 
         opened = FeatureStore(store)
         config = SlideTrainConfig(**{key: value for key, value in values.items() if value is not None})
         patients = None if table is None else read_patients(table, opened)
-    with _Bar(console, "training", config.epochs, "epochs") as bar:
+    with Bar(console, "training", config.epochs, "epochs") as bar:
 
         def done(epoch: "TrainingEpoch") -> None:
             bar.step(epoch.epoch, f"loss {epoch.loss:.3f}, found {epoch.found:.0%}")
             if not console.is_terminal and (epoch.epoch % 10 == 0 or epoch.epoch in (1, config.epochs)):
-                _say(console, f"epoch {epoch.epoch} of {config.epochs}: loss {epoch.loss:.3f}, found {epoch.found:.0%}")
+                say(console, f"epoch {epoch.epoch} of {config.epochs}: loss {epoch.loss:.3f}, found {epoch.found:.0%}")
 
         loaded = train_slide_encoder(
             opened, encoder, config, out=out, patients=patients, name=name or out.resolve().name, done=done
         )
-    _say(console, f"{loaded.spec.name}: {loaded.spec.source}")
-    _say(
+    say(console, f"{loaded.spec.name}: {loaded.spec.source}")
+    say(
         console,
         f"encoder: {out / ENCODER_FILE}  (wsi slide-encoder embed {store} --model {out / ENCODER_FILE} uses it)",
     )
     return 0
-
-
-class _Bar:
-    """A bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, console: PatientConsole, what: str, total: int, unit: str) -> None:
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[said]}"),
-                TimeElapsedColumn(), console=console, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task(what, total=total, said="")
-
-    def step(self, completed: int | None = None, said: str = "") -> None:
-        """One more is done, or so many."""
-        if self._bar is not None:
-            advance = 1 if completed is None else None
-            self._bar.update(self._task, advance=advance, completed=completed, said=said)
-
-    def __enter__(self) -> "_Bar":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _say(console: PatientConsole, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

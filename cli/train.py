@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from cli.console import PatientConsole
-from cli.training import Progress, cohort_options, config_of, config_options, labels_of, say
+from cli.console import PatientConsole, say
+from cli.training import Progress, cohort_options, config_of, config_options, labels_of
 
 __all__ = ["train"]
 

@@ -10,7 +10,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from cli.console import PatientConsole
+from cli.console import PatientConsole, say
 from cli.options import stack
 
 if TYPE_CHECKING:
@@ -169,7 +169,3 @@ class Progress:
         words = ", ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[: self._shown])
         when = "there already" if resumed else f"{time.monotonic() - self._began:.0f} s"
         say(self._console, f"{self._prefix}: {words} ({len(fold.train)} trained on, {len(fold.test)} tested, {when})")
-
-
-def say(console: PatientConsole, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.console import PatientConsole
-from cli.training import Progress, cohort_options, config_of, config_options, labels_of, say
+from cli.console import PatientConsole, say
+from cli.training import Progress, cohort_options, config_of, config_options, labels_of
 
 if TYPE_CHECKING:
     from mil.tune import Trial  # would load torch for every --help
