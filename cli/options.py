@@ -10,7 +10,7 @@ from wsi.grid import Tiling
 from wsi.readers import READER_NAMES
 from wsi.resolution import parse_mpp
 
-__all__ = ["encoder_options", "machine_options", "slide_options", "stack", "tiling_of", "tiling_options"]
+__all__ = ["encoder_options", "machine_options", "slide_options", "stack", "tiling_of", "tiling_options", "words_of"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -149,6 +149,11 @@ machine_options = stack(
         help="A slide of which a larger share of tiles cannot be read fails.",
     ),
 )  # fmt: skip
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """``"a, b"`` as its words."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def tiling_of(values: dict[str, Any]) -> Tiling:

@@ -8,6 +8,9 @@ import click
 from rich.table import Table
 
 from cli.console import PatientConsole
+from cli.options import words_of
+from cli.segment_run import run_model
+from cli.segment_train import train
 
 if TYPE_CHECKING:
     from wsi.geojson import Frame
@@ -17,7 +20,7 @@ __all__ = ["segment"]
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def segment() -> None:
-    """Areas on slides: outlined, measured and compared."""
+    """Areas on slides: learned from what people drew, found, outlined, measured and compared."""
 
 
 @segment.command()
@@ -53,7 +56,7 @@ def evaluate(
     from segmentation.evaluate import METRICS, EvaluateOptions
     from segmentation.evaluate import evaluate as compare
 
-    wanted = tuple(name.strip() for name in classes.split(",") if name.strip()) if classes else ()
+    wanted = words_of(classes) if classes else ()
     frame_of = None if slides is None else _frame_finder(slides)
     result = compare(out, truth, EvaluateOptions(mpp, wanted, objects), frame_of=frame_of)
     folder = folder or (out if out.is_dir() else out.parent) / "evaluation"
@@ -92,6 +95,10 @@ def export(model: Path, out: Path) -> int:
     console.print(choice.why, markup=False, highlight=False, soft_wrap=True)
     console.print(f"ONNX: {out}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+segment.add_command(train)
+segment.add_command(run_model)
 
 
 def _frame_finder(slides: Path) -> "Callable[[str], Frame | None]":

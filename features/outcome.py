@@ -15,7 +15,7 @@ from wsi._files import write_atomically
 from wsi.discover import Discovery, SlideSource
 from wsi.errors import WsiError
 
-__all__ = ["Ledger", "NullObserver", "Observer", "Outcome", "Report", "failure"]
+__all__ = ["Ledger", "NullObserver", "Observer", "Outcome", "Report", "Status", "failure"]
 
 _REPORT_EVERY_S = 5.0
 

@@ -12,18 +12,19 @@ from typing import Final
 
 import shapely
 
+from segmentation.annotated import with_class
 from segmentation.metrics import Interval, compare_maps, compare_objects, interval_of_mean
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
+from segmentation.sampling import IGNORED
 from wsi._files import write_atomically
 from wsi.annotation import Annotation
-from wsi.annotations import AnnotationFile, check_annotations, match_annotations, read_annotations
+from wsi.annotations import check_annotations, match_annotations, read_annotations
 from wsi.errors import UsageError
 from wsi.geojson import Frame
 
 __all__ = ["METRICS", "EvaluateOptions", "Evaluation", "Score", "evaluate", "evaluate_slide"]
 
-IGNORED: Final = "Ignore*"  # QuPath's own class for what is not to be looked at
 _POLYGONS: Final = (".geojson", ".geojson.gz")
 _MASKS: Final = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
 
@@ -204,11 +205,11 @@ def evaluate(
             )
         drawn = read_annotations(path, frame=frame)
         notes += [f"{stem}: {line}" for line in drawn.report()]
-        shapes = _classified(drawn, options.classes)
+        shapes = with_class(drawn, options.classes)
         notes += [
             f"{stem}: {path.name}: {line}" for line in check_annotations(shapes, frame.size, options.classes or None)
         ]
-        scores += evaluate_slide(_classified(found, options.classes), shapes, frame, options)
+        scores += evaluate_slide(with_class(found, options.classes), shapes, frame, options)
     if not scores:
         raise UsageError(f"{truth}: holds no annotations of the slides in {out}: {'; '.join(notes) or 'no shapes'}")
     return Evaluation(tuple(scores), options, tuple(notes))
@@ -223,11 +224,3 @@ def _results(out: Path) -> dict[str, Path]:
             if suffix is not None and not path.name.startswith("."):
                 found.setdefault(path.name[: -len(suffix)], path)
     return found
-
-
-def _classified(contents: AnnotationFile, classes: tuple[str, ...]) -> tuple[Annotation, ...]:
-    """Shapes of a file that tells no classes apart, or of a mask with a single label, are of the only class asked for."""
-    names = {annotation.class_name for annotation in contents.annotations}
-    if len(classes) != 1 or (names != {None} and not (contents.kind == "mask" and len(names) == 1)):
-        return contents.annotations
-    return tuple(replace(annotation, class_name=classes[0]) for annotation in contents.annotations)

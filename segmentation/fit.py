@@ -1,19 +1,20 @@
 """Fit: the training loop of networks from pixels to classes, on examples that a callable draws."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from segmentation.augment import Augmentation, Lenses, augment
 from segmentation.losses import IGNORE, SegmentationLoss
 from segmentation.models import SegmentationModel
 from wsi.errors import UsageError
 
-__all__ = ["Draw", "Example", "FitConfig", "Fitted", "as_input", "fit", "mean_dice"]
+__all__ = ["Draw", "Example", "FitConfig", "Fitted", "Watch", "as_input", "dice_of_labels", "fit", "mean_dice"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +47,15 @@ class Example:
             np.rot90(self.mask, quarters)[:, side],
         )
 
+    def through(self, lenses: Lenses) -> "Example":
+        """The same, seen through lenses: picture, heat and truth through the same ones."""
+        heat = [lenses.apply(channel) for channel in self.heat]
+        return Example(lenses.apply(self.image), np.stack(heat) if heat else self.heat, lenses.apply(self.mask))
+
 
 Draw = Callable[[np.random.Generator], Example]
+Watch = Callable[[int, float, float | None], None]
+"""Is told of a step, its loss, and the Dice of the validation examples where they were looked at."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class FitConfig:
     Attributes:
         steps: of the optimiser.
         batch_size, accumulate: pictures at once, and how often before a step.
-        turns: turn and mirror examples at random; for pictures that are not square only by half turns.
+        augmentation: what examples go through: turns (half turns, where they are not square) and lenses for picture, heat and
+            truth alike, then, for half of them, colours of the picture.
         validate_every: steps between looks at the validation examples, if there are any; the best weights are kept.
         patience: looks without a better one after which training ends.
         seed: of everything that is drawn.
@@ -70,7 +79,9 @@ class FitConfig:
     batch_size: int = 6
     accumulate: int = 4
     learning_rate: float = 1e-4
-    turns: bool = True
+    augmentation: Augmentation = field(
+        default_factory=lambda: Augmentation(stain="macenko", stain_sigma=0.1, hue=0, saturation=0)
+    )
     validate_every: int = 50
     patience: int = 10
     seed: int = 0
@@ -99,7 +110,12 @@ def as_input(images: Sequence[NDArray[np.uint8]], heats: Sequence[NDArray[np.flo
 
 
 def fit(
-    network: SegmentationModel, draw: Draw, config: FitConfig | None = None, validation: Sequence[Example] = ()
+    network: SegmentationModel,
+    draw: Draw,
+    config: FitConfig | None = None,
+    validation: Sequence[Example] = (),
+    *,
+    watch: Watch | None = None,
 ) -> Fitted:
     """Train ``network`` where it is, on the device it is on; it ends in eval mode with the best weights.
 
@@ -108,6 +124,7 @@ def fit(
     Args:
         draw: an example for a generator; those of one batch have one size.
         validation: what decides which weights are kept; without it the last ones are.
+        watch: is called after each step.
 
     Raises:
         UsageError: the loss is not finite, or a mask has labels that the network has not.
@@ -126,7 +143,7 @@ def fit(
             network.train()
             total = 0.0
             for _ in range(config.accumulate):
-                examples = [_drawn(draw, rng, turns=config.turns) for _ in range(config.batch_size)]
+                examples = [_augmented(draw(rng), config.augmentation, rng) for _ in range(config.batch_size)]
                 x, targets = _tensors(examples, device)
                 loss = config.loss(network(x), targets) / config.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -136,8 +153,12 @@ def fit(
             optimiser.step()
             optimiser.zero_grad()
             losses.append(total)
-            if validation and (step % config.validate_every == 0 or step == config.steps):
+            looks = bool(validation) and (step % config.validate_every == 0 or step == config.steps)
+            if looks:
                 scores.append((step, mean_dice(network, validation)))
+            if watch is not None:
+                watch(step, total, scores[-1][1] if looks else None)
+            if looks:
                 if best is None or scores[-1][1] > best[0]:
                     best = (scores[-1][1], step, {k: v.clone() for k, v in network.state_dict().items()})
                 elif len([s for s, _ in scores if s > best[1]]) >= config.patience:
@@ -153,25 +174,40 @@ def mean_dice(network: SegmentationModel, examples: Sequence[Example]) -> float:
     """Dice of the likeliest classes, each over all pixels of all examples, the mean over classes but the first."""
     network.eval()
     device = next(network.parameters()).device
-    both, apart = (np.zeros(network.n_classes, np.int64) for _ in range(2))
-    for example in examples:
-        x, targets = _tensors([example], device)
-        found = network(x).logits.argmax(1)
-        for label in range(1, network.n_classes):
-            mine, true = (found == label) & (targets != IGNORE), targets == label
-            both[label] += int((mine & true).sum())
-            apart[label] += int(mine.sum() + true.sum())
+
+    def pairs() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        for example in examples:
+            x, _ = _tensors([example], device)
+            yield network(x).logits.argmax(1)[0].cpu().numpy(), example.mask
+
+    return dice_of_labels(pairs(), network.n_classes)
+
+
+def dice_of_labels(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]], n_classes: int) -> float:
+    """Dice of label maps (h, w), found and true, each class over all of them, the mean over classes but the first."""
+    both, apart = (np.zeros(n_classes, np.int64) for _ in range(2))
+    for found, truth in pairs:
+        for label in range(1, n_classes):
+            mine, true = (found == label) & (truth != IGNORE), truth == label
+            both[label] += np.count_nonzero(mine & true)
+            apart[label] += np.count_nonzero(mine) + np.count_nonzero(true)
     seen = apart > 0
     return float((2 * both[seen] / apart[seen]).mean()) if seen.any() else 1.0
 
 
-def _drawn(draw: Draw, rng: np.random.Generator, *, turns: bool) -> Example:
-    example = draw(rng)
-    if not turns:
-        return example
+def _augmented(example: Example, options: Augmentation, rng: np.random.Generator) -> Example:
     height, width = example.mask.shape
-    quarters = int(rng.integers(4)) if height == width else 2 * int(rng.integers(2))
-    return example.turned(quarters, bool(rng.integers(2)))
+    if options.turns:
+        quarters = int(rng.integers(4)) if height == width else 2 * int(rng.integers(2))
+        example = example.turned(quarters, bool(rng.integers(2)))
+    if options.lenses is not None:
+        lenses = options.lenses.draw((height, width), rng)
+        if rng.random() < 0.5:
+            example = example.through(lenses)
+    if rng.random() < 0.5:
+        coloured = augment(example.image[None], replace(options, turns=False, lenses=None), rng)[0]
+        example = replace(example, image=coloured)
+    return example
 
 
 def _tensors(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:

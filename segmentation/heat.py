@@ -1,7 +1,7 @@
 """ProbabilityMap: the probability of each class over a whole slide, a pixel a patch or finer, in a Zarr array."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -155,7 +155,13 @@ def heat_grid(
 
 
 def blend_scores(
-    out: WritableMap, slide: Slide, grid: TileGrid, runner: EncoderRunner, options: HeatOptions
+    out: WritableMap,
+    slide: Slide,
+    grid: TileGrid,
+    runner: EncoderRunner,
+    options: HeatOptions,
+    *,
+    watch: Callable[[int], None] | None = None,
 ) -> tuple[tuple[int, int], ...]:
     """Score patches and blend their probabilities into a map whose pixels are the grid's strides.
 
@@ -163,6 +169,7 @@ def blend_scores(
 
     Args:
         out: (K, H, W) floats.
+        watch: is told how many patches were scored since it was last.
 
     Returns:
         Level-0 corners of the patches that could not be read.
@@ -178,6 +185,8 @@ def blend_scores(
             blend.add(corners[rows], np.broadcast_to(scores[..., None, None], (*scores.shape, steps, steps)))
             bad = np.isnan(scores).any(axis=1)
             unreadable += [(x, y) for x, y in grid.xy[rows][bad].tolist()]
+            if watch is not None:
+                watch(len(scores))
     return tuple(unreadable)
 
 
@@ -193,6 +202,8 @@ def write_heat(
     options: HeatOptions | None = None,
     *,
     tissue: Sequence[Annotation] | None = None,
+    grid: TileGrid | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> ProbabilityMap:
     """Score a slide's tissue and write the map; it is whole or not there. Memory does not grow with the slide.
 
@@ -201,6 +212,8 @@ def write_heat(
         runner: of a classifier's ``encoder()``.
         facts: the same classifier's.
         tissue: outlines to use instead of looking for them.
+        grid: what ``heat_grid`` gave for these options, where it is at hand.
+        watch: is told how many patches were scored since it was last.
 
     Raises:
         UsageError: there is something at ``path`` already.
@@ -213,7 +226,7 @@ def write_heat(
         raise UsageError(
             f"{runner.encoder.spec.name}: answers {runner.encoder.dim} numbers for {len(facts.classes)} classes"
         )
-    grid = heat_grid(slide, facts, options, tissue)
+    grid = heat_grid(slide, facts, options, tissue) if grid is None else grid
     width, height = slide.size
     shape = (len(facts.classes), math.ceil(height / grid.stride[1]), math.ceil(width / grid.stride[0]))
     with make_folder_atomically(path) as staging:
@@ -228,7 +241,7 @@ def write_heat(
             dimension_names=("class", "y", "x"),
         )
         counted = _Counted(array)
-        unreadable = blend_scores(counted, slide, grid, runner, options)
+        unreadable = blend_scores(counted, slide, grid, runner, options, watch=watch)
         about: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,

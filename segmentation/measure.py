@@ -14,7 +14,7 @@ import shapely
 from wsi._files import write_atomically
 from wsi.annotation import Annotation
 
-__all__ = ["ClassSummary", "summarize", "write_objects_csv", "write_summary_csv"]
+__all__ = ["ClassSummary", "summarize", "write_areas_csv", "write_objects_csv", "write_summary_csv"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,12 @@ def write_summary_csv(path: str | os.PathLike[str], summaries: Iterable[ClassSum
     """Write a row a class; what is not known is left empty. The file is whole or not there."""
     rows = ([_cell(value) for value in astuple(summary)] for summary in summaries)
     _write(path, [field.name for field in fields(ClassSummary)], rows)
+
+
+def write_areas_csv(path: str | os.PathLike[str], areas: Iterable[tuple[str, ClassSummary]]) -> None:
+    """Write a row a slide and class; what is not known is left empty. The file is whole or not there."""
+    rows = ([slide, *(_cell(value) for value in astuple(summary))] for slide, summary in areas)
+    _write(path, ["slide", "class", *(field.name for field in fields(ClassSummary)[1:])], rows)
 
 
 def write_objects_csv(path: str | os.PathLike[str], annotations: Sequence[Annotation]) -> None:

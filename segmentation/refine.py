@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from features.encoder import resolve_device
 from segmentation.blend import Blend, hann_window
-from segmentation.fit import Draw, Example, FitConfig, Fitted, as_input, fit
+from segmentation.fit import Draw, Example, FitConfig, Fitted, Watch, as_input, fit
 from segmentation.losses import IGNORE
 from segmentation.models import SegmentationModel, build_network
 from segmentation.place import MapPlace
 from segmentation.prior import Prior
 from segmentation.raster import Raster
+from segmentation.sampling import IGNORED
 from segmentation.saved import read_network, save_network
 from wsi.annotation import Annotation
 from wsi.area import area_resize
@@ -46,6 +47,8 @@ class RefineConfig:
         classes: names of the labels 1, 2, …; the probability map has a channel for each, in this order.
         network: a name in ``segmentation.models.NETWORKS``.
         hyper: its hyper-parameters, where not those of the paper.
+        heat: whether it sees the probability map of a first stage beside the picture; without it is the low-resolution U-Net
+            that the paper compares with.
         side_px: of the square that the network sees.
         mpp: microns per pixel of the slide's picture, which is then seen in tiles; None for the whole slide in one square.
         overlap_px: that neighbouring tiles share, where there are tiles.
@@ -54,6 +57,7 @@ class RefineConfig:
     classes: tuple[str, ...]
     network: str = "u-net"
     hyper: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    heat: bool = True
     side_px: int = 1024
     mpp: float | None = None
     overlap_px: int = 256
@@ -76,7 +80,7 @@ class RefineConfig:
 
     @property
     def in_channels(self) -> int:
-        return 3 + len(self.classes)
+        return 3 + len(self.classes) * self.heat
 
 
 class Refiner:
@@ -154,17 +158,18 @@ def slide_picture(slide: Slide, config: RefineConfig) -> tuple[NDArray[np.uint8]
     return image, MapPlace.covering(slide.frame, image.shape)
 
 
-def example_of(slide: Slide, heat: Prior, truth: Sequence[Annotation], config: RefineConfig) -> Example:
+def example_of(slide: Slide, heat: Prior | None, truth: Sequence[Annotation], config: RefineConfig) -> Example:
     """What a refinement network is trained on: the slide's picture, rough probabilities, and what people drew.
 
     Probabilities should come from a classifier that did not see the slide, or its errors will look smaller than they are.
 
     Raises:
-        UsageError: the map has not a channel for each class.
+        UsageError: there is no map for a network that sees one, or it has not a channel for each class.
     """
     image, place = slide_picture(slide, config)
     shape = image.shape[:2]
-    mask = Raster(truth, place, shape, config.labels)[:].astype(np.uint8)
+    labels = {**config.labels, IGNORED: IGNORE}
+    mask = Raster(truth, place, shape, labels)[:].astype(np.uint8)
     return Example(image, _heat_on(heat, place, shape, config), mask)
 
 
@@ -175,6 +180,7 @@ def train_refiner(
     validation: Sequence[Example] = (),
     *,
     device: str = "auto",
+    watch: Watch | None = None,
 ) -> tuple[Refiner, Fitted]:
     """Train a network from its start.
 
@@ -182,22 +188,24 @@ def train_refiner(
         draw: an example of any size for a generator. For whole slides it is brought to the network's square; otherwise a
             square is cut out of it at a random place.
         validation: examples that decide which weights are kept, likewise; squares are cut from their middle.
+        watch: as ``segmentation.fit.fit``.
     """
     fit_config = fit_config or FitConfig()
     refiner = Refiner.untrained(config, seed=fit_config.seed, device=device)
     looked_at = [_fitted(example, config, None) for example in validation]
-    fitted = fit(refiner.network, lambda rng: _fitted(draw(rng), config, rng), fit_config, looked_at)
+    fitted = fit(refiner.network, lambda rng: _fitted(draw(rng), config, rng), fit_config, looked_at, watch=watch)
     return refiner, fitted
 
 
-def refine(refiner: Refiner, slide: Slide, heat: Prior, *, predict: Predict | None = None) -> Refinement:
+def refine(refiner: Refiner, slide: Slide, heat: Prior | None, *, predict: Predict | None = None) -> Refinement:
     """Draw the borders of what a first stage found.
 
     Args:
+        heat: its probabilities; None for a network that sees none.
         predict: what to ask in place of the network itself, such as ``segmentation.export.fastest``'s choice.
 
     Raises:
-        UsageError: the map has not a channel for each class.
+        UsageError: there is no map for a network that sees one, or it has not a channel for each class.
     """
     config = refiner.config
     predict = predict or refiner.predict
@@ -210,7 +218,11 @@ def refine(refiner: Refiner, slide: Slide, heat: Prior, *, predict: Predict | No
     return Refinement(labels, probabilities, place, dict(enumerate(config.classes, start=1)))
 
 
-def _heat_on(heat: Prior, place: MapPlace, shape: tuple[int, int], config: RefineConfig) -> NDArray[np.float32]:
+def _heat_on(heat: Prior | None, place: MapPlace, shape: tuple[int, int], config: RefineConfig) -> NDArray[np.float32]:
+    if not config.heat:
+        return np.empty((0, *shape), np.float32)
+    if heat is None:
+        raise UsageError("this network sees a probability map beside the picture; give the first stage's")
     if len(heat.values) != len(config.classes):
         raise UsageError(
             f"the probability map has {len(heat.values)} channels; the network wants one for each of {', '.join(config.classes)}"
@@ -249,14 +261,17 @@ def _fitted(example: Example, config: RefineConfig, rng: np.random.Generator | N
     if config.mpp is None:
         size = (side, side)
         # The first stage's map is coarse and smooth; the truth keeps its labels.
-        smooth = np.stack([cv2.resize(channel, size, interpolation=cv2.INTER_LINEAR) for channel in example.heat])
+        smooth = np.empty((len(example.heat), side, side), np.float32)
+        for channel, found in zip(example.heat, smooth, strict=True):
+            cv2.resize(channel, size, dst=found, interpolation=cv2.INTER_LINEAR)
         mask = cv2.resize(example.mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
         return Example(area_resize(example.image, size), smooth, mask)
-    below, right = max(0, side - height), max(0, side - width)
-    image = np.pad(example.image, ((0, below), (0, right), (0, 0)), mode="edge")
-    heat = np.pad(example.heat, ((0, 0), (0, below), (0, right)))
-    mask = np.pad(example.mask, ((0, below), (0, right)), constant_values=IGNORE)
-    room = (mask.shape[0] - side + 1, mask.shape[1] - side + 1)
+    room = (max(1, height - side + 1), max(1, width - side + 1))
     y, x = ((n - 1) // 2 for n in room) if rng is None else (int(rng.integers(n)) for n in room)
     at = (slice(y, y + side), slice(x, x + side))
-    return Example(image[at], heat[:, *at], mask[at])
+    below, right = max(0, side - height), max(0, side - width)
+    return Example(
+        np.pad(example.image[at], ((0, below), (0, right), (0, 0)), mode="edge"),
+        np.pad(example.heat[:, *at], ((0, 0), (0, below), (0, right))),
+        np.pad(example.mask[at], ((0, below), (0, right)), constant_values=IGNORE),
+    )

@@ -28,6 +28,8 @@ from wsi.stream import TileBatch, TileJob, default_read_threads, stream_jobs
 
 __all__ = [
     "BACKGROUND",
+    "IGNORED",
+    "REGION",
     "AnnotatedSlide",
     "Draw",
     "PatchBatch",

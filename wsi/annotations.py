@@ -20,7 +20,14 @@ from wsi.geojson import Frame, Rejection, Repair, read_geojson
 from wsi.imagescope import parse_imagescope
 from wsi.mask import MaskOptions, read_mask
 
-__all__ = ["AnnotationFile", "AnnotationMatches", "check_annotations", "match_annotations", "read_annotations"]
+__all__ = [
+    "AnnotationFile",
+    "AnnotationMatches",
+    "check_annotations",
+    "check_places",
+    "match_annotations",
+    "read_annotations",
+]
 
 Kind = Literal["geojson", "asap", "imagescope", "mask"]
 
@@ -122,13 +129,19 @@ class AnnotationMatches:
     unused: tuple[Path, ...]
 
     def report(self) -> tuple[str, ...]:
-        """A line for each slide without annotations and each file without a slide, with the name it may mean."""
-        stems = {_slide_stem(slide): slide for slide in (*self.files, *self.without)}
+        """A line for each slide without annotations and each file that may mean one of them; one for all other files."""
+        stems = {_slide_stem(slide): slide for slide in self.without}
         lines = [f"{slide}: no annotations" for slide in self.without]
+        others = []
         for path in self.unused:
             near = difflib.get_close_matches(_stem(path), stems, n=1)
-            hint = f"; does it mean {stems[near[0]]}?" if near else ""
-            lines.append(f"{path.name}: belongs to no slide{hint}")
+            if near:
+                lines.append(f"{path.name}: belongs to no slide; does it mean {stems[near[0]]}?")
+            else:
+                others.append(path.name)
+        if others:
+            shown = ", ".join(others[:_SHOWN]) + (" …" if len(others) > _SHOWN else "")
+            lines.append(f"{shown}: belong{'s' if len(others) == 1 else ''} to no slide ({len(others)} in all)")
         return tuple(lines)
 
 
@@ -206,16 +219,18 @@ def check_annotations(
     """
     if not annotations:
         return ("no annotations",)
-    lines = []
-    if swapped := _swapped(annotations, size):
-        lines.append(swapped)
-    elif misplaced := check_inside(annotations, size):
-        lines.append(misplaced)
+    misplaced = check_places(annotations, size)
+    lines = [] if misplaced is None else [misplaced]
     if classes is not None:
         counts = Counter(annotation.class_name for annotation in annotations)
         lines += [_unknown_class(name, n, classes) for name, n in counts.items() if name not in classes]
         lines += [f"no shape of the class {name!r}" for name in classes if name not in counts]
     return tuple(lines)
+
+
+def check_places(annotations: Sequence[Annotation], size: tuple[int, int]) -> str | None:
+    """Say in one line why annotations seem to lie elsewhere than on a slide of this (width, height); None if all is well."""
+    return _swapped(annotations, size) or check_inside(annotations, size)
 
 
 def _swapped(annotations: Sequence[Annotation], size: tuple[int, int]) -> str | None:
