@@ -6,12 +6,11 @@ memory grows with the slide's width, never with its height.
 
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import shapely
@@ -20,20 +19,23 @@ from numpy.typing import NDArray
 
 from features.encoder import Encoder, resolve_device
 from segmentation.blend import Blend, hann_window, tile_corners
-from segmentation.fit import Draw, Example, FitConfig, as_input
+from segmentation.fit import Draw, Example, FitConfig, Fitted, as_input, fit
+from segmentation.losses import IGNORE
 from segmentation.models import SegmentationModel, build_network
 from segmentation.models.tokens import TokenDecoder
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
+from segmentation.sampling import IGNORED, REGION, AnnotatedSlide
 from segmentation.saved import read_network, save_network
-from wsi._files import fsync_folder, fsync_tree
+from wsi._files import make_folder_atomically
 from wsi.annotation import Annotation
 from wsi.errors import ModelMismatchError, StoreFormatError, UsageError
 from wsi.grid import TileGrid, Tiling
-from wsi.slide import Slide
+from wsi.slide import Slide, region_of
 from wsi.stream import TileStream, default_read_threads
 
 __all__ = [
+    "CONTOUR",
     "DenseConfig",
     "DenseMap",
     "DenseSegmenter",
@@ -41,13 +43,21 @@ __all__ = [
     "contours_of",
     "draw_from",
     "open_dense",
+    "over_turns",
     "segment_slide",
+    "train_dense",
 ]
+
+CONTOUR: Final = "contour"  # the class of objects' rims
+
+Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 _KIND = "dense"
 _MAP = {"format": "wsi-probability-map", "version": 1}
 _CHUNK_PX = 256
 _TOKENS = "tokens"
+_TRIES = 64  # for a point in the tissue of a tile
+_FINER = 16  # than the width of a rim: how closely outlines are followed to draw it
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ class DenseConfig:
         hyper: its hyper-parameters, where not those of the paper.
         tile_px: of the square that it sees.
         overlap_px: that neighbouring tiles share.
+        contour_um: width of objects' rims, which are then a class of their own, ``"contour"``, after the others, so that
+            objects that touch can be told apart; None for areas, which need not be.
     """
 
     classes: tuple[str, ...]
@@ -69,17 +81,25 @@ class DenseConfig:
     hyper: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tile_px: int = 512
     overlap_px: int = 128
+    contour_um: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
-        if not self.classes or len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"classes are different names, one at least, got {self.classes}")
+        if not self.classes or len(set(self.names)) != len(self.names):
+            raise ValueError(f"classes are different names, one at least, got {self.names}")
+        if self.contour_um is not None and not 0 < self.contour_um < math.inf:
+            raise ValueError(f"contour_um is positive, or None for no contours; got {self.contour_um}")
         self.tiling(0.0)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The classes, and that of the contours if there is one."""
+        return self.classes if self.contour_um is None else (*self.classes, CONTOUR)
+
+    @property
     def labels(self) -> dict[str, int]:
-        """The label of each class."""
-        return {name: label for label, name in enumerate(self.classes, start=1)}
+        """The label of each of these."""
+        return {name: label for label, name in enumerate(self.names, start=1)}
 
     def tiling(self, min_tissue: float) -> Tiling:
         """How slides are cut; tiles may stick out of them."""
@@ -115,9 +135,9 @@ class DenseSegmenter:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             network = (
-                build_network(config.network, 3, len(config.classes) + 1, **config.hyper).to(resolve_device(device))
+                build_network(config.network, 3, len(config.names) + 1, **config.hyper).to(resolve_device(device))
                 if encoder is None
-                else TokenDecoder(encoder, len(config.classes) + 1, **config.hyper)
+                else TokenDecoder(encoder, len(config.names) + 1, **config.hyper)
             )
         return cls(config, network)
 
@@ -222,7 +242,7 @@ def segment_slide(
     *,
     tissue: Sequence[Annotation] | None = None,
     batch_size: int = 4,
-    predict: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+    predict: Predict | None = None,
 ) -> DenseMap:
     """Run a dense network over a slide's tissue; the map at ``path`` is whole or not there.
 
@@ -246,10 +266,8 @@ def segment_slide(
     height, width = (
         math.ceil(length / scale) for length, scale in zip(slide.size[::-1], place.scale[::-1], strict=True)
     )
-    n_classes = len(config.classes) + 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
+    n_classes = len(config.names) + 1
+    with make_folder_atomically(path) as staging:
         array = zarr.create_array(
             staging,
             shape=(n_classes, height, width),
@@ -268,18 +286,57 @@ def segment_slide(
                 batch.release()
         facts: dict[str, Any] = {
             **_MAP,
-            "classes": list(config.classes),
+            "classes": list(config.names),
             "place": asdict(place),
             "unreadable": len(blend.unscored),
         }
         array.attrs.update(facts)
-        fsync_tree(staging)
-        staging.rename(path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    fsync_folder(path.parent)
     return open_dense(path)
+
+
+def over_turns(predict: Predict) -> Predict:
+    """The mean of what ``predict`` says of squares (B, C, h, h) in their four quarter turns; four times the work."""
+
+    def turned(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen = (predict(np.ascontiguousarray(np.rot90(x, quarters, (2, 3)))) for quarters in range(4))
+        back = [np.rot90(each, -quarters, (2, 3)) for quarters, each in enumerate(seen)]
+        return np.asarray(np.mean(back, axis=0), np.float32)
+
+    return turned
+
+
+def train_dense(
+    slides: Sequence[AnnotatedSlide],
+    config: DenseConfig,
+    fit_config: FitConfig | None = None,
+    validation: Sequence[AnnotatedSlide] = (),
+    *,
+    encoder: Encoder | None = None,
+    device: str = "auto",
+) -> tuple[DenseSegmenter, Fitted]:
+    """Train a dense network from its start on slides that people drew on; see ``draw_from`` for what it is shown.
+
+    Args:
+        validation: slides that decide which weights are kept; all of their tissue is held in memory.
+        encoder: the foundation model of a ``"tokens"`` network.
+
+    Raises:
+        UsageError: there are no slides, or one without tissue.
+        SlideError: a slide cannot be used.
+    """
+    fit_config = fit_config or FitConfig()
+    segmenter = DenseSegmenter.untrained(config, encoder=encoder, seed=fit_config.seed, device=device)
+    with ExitStack() as stack:
+        trained, judged = (
+            [
+                _Squares(stack.enter_context(each.open()), each.annotations, config, tissue=each.tissue)
+                for each in part
+            ]
+            for part in (slides, validation)
+        )
+        looked_at = [square for squares in judged for square in squares.all()]
+        fitted = fit(segmenter.network, _draw_of(trained), fit_config, looked_at)
+    return segmenter, fitted
 
 
 def draw_from(
@@ -288,9 +345,10 @@ def draw_from(
     *,
     tissue: Sequence[Sequence[Annotation]] | None = None,
 ) -> Draw:
-    """Draws squares of annotated slides: a slide at random, then a place in its tissue.
+    """Draws squares of annotated slides: a slide at random, then a place in its tissue, which is the square's middle.
 
-    The later of two classes in ``config.classes`` is on top where they overlap.
+    The later of two classes in ``config.classes`` is on top where they overlap. What is drawn as ``Ignore*`` counts for
+    nothing; on slides with ``Region*``, neither does what lies outside, and squares lie around places inside.
 
     Args:
         tissue: outlines for each slide, to use instead of looking for them.
@@ -298,49 +356,81 @@ def draw_from(
     Raises:
         UsageError: there are no slides, or one without tissue.
     """
+    outlines = [None] * len(slides) if tissue is None else tissue
+    return _draw_of(
+        [_Squares(slide, truth, config, tissue=known) for (slide, truth), known in zip(slides, outlines, strict=True)]
+    )
+
+
+def _draw_of(slides: "Sequence[_Squares]") -> Draw:
     if not slides:
         raise UsageError("there is no slide to draw examples from")
-    tiling = replace(config.tiling(0.0), overlap_px=0)
-    outlines = [None] * len(slides) if tissue is None else tissue
-    grids = [slide.grid(tiling, tissue=known) for (slide, _), known in zip(slides, outlines, strict=True)]
-    for (slide, _), grid in zip(slides, grids, strict=True):
-        if not len(grid):
+    return lambda rng: slides[int(rng.integers(len(slides)))].draw(rng)
+
+
+class _Squares:
+    """The squares of a slide that a network is trained on."""
+
+    def __init__(
+        self,
+        slide: Slide,
+        annotations: Sequence[Annotation],
+        config: DenseConfig,
+        *,
+        tissue: Sequence[Annotation] | None,
+    ) -> None:
+        self._slide = slide
+        lattice = slide.lattice(replace(config.tiling(0.0), overlap_px=0))
+        self._chosen = [a for a in annotations if a.class_name == REGION]
+        self._tissue = region_of(slide.tissue() if tissue is None else tissue, self._chosen or None)
+        self._grid = lattice.keep(self._tissue, 0.0)
+        if not len(self._grid):
             raise UsageError(f"{slide.name}: holds no tissue to draw examples from")
+        shapely.prepare(self._tissue)
+        self._labels = {**config.labels, IGNORED: IGNORE}
+        truth = list(annotations)
+        if config.contour_um is not None:
+            objects = [a for a in annotations if a.class_name in config.classes]
+            truth += contours_of(objects, config.contour_um, MapPlace((1.0, 1.0), slide.mpp.xy), CONTOUR)
+        self._truth = [a for a in truth if a.class_name in self._labels]
+        self._tree = shapely.STRtree([a.geometry for a in self._truth])
 
-    def draw(rng: np.random.Generator) -> Example:
-        which = int(rng.integers(len(slides)))
-        (slide, truth), grid = slides[which], grids[which]
-        tile = _moved(grid, int(rng.integers(len(grid))), slide.size, rng)
-        place = MapPlace(
-            (tile.side[0] / tile.tile_px, tile.side[1] / tile.tile_px), slide.mpp.xy, tuple(tile.xy[0].tolist())
-        )
-        shape = (tile.tile_px, tile.tile_px)
-        mask = Raster(truth, place, shape, config.labels)[:].astype(np.uint8)
-        return Example(slide.read_tile(tile, 0), _no_heat(tile.tile_px), mask)
+    def draw(self, rng: np.random.Generator) -> Example:
+        """The square around a place in the tissue, kept on the slide where that is large enough."""
+        grid = self._grid
+        places = grid.xy[rng.integers(len(grid), size=_TRIES)] + rng.random((_TRIES, 2)) * grid.side
+        inside = shapely.contains_xy(self._tissue, places)
+        middle = places[int(inside.argmax())]  # the first one inside; of a sliver of tissue, one beside it
+        step, side = np.array(grid.downsample), np.array(grid.side)
+        last = np.maximum(0, (np.array(self._slide.size) - side) // step)
+        xy = np.clip(np.rint((middle - side / 2) / step).astype(np.int64), 0, last) * step
+        return self._square(replace(grid, xy=xy[None], tissue=grid.tissue[:1]), 0)
 
-    return draw
+    def all(self) -> Iterator[Example]:
+        """The squares that touch tissue, side by side."""
+        return (self._square(self._grid, row) for row in range(len(self._grid)))
 
-
+    def _square(self, grid: TileGrid, row: int) -> Example:
+        xy, px = grid.xy[row], grid.tile_px
+        scale = (grid.side[0] / px, grid.side[1] / px)
+        place = MapPlace(scale, self._slide.mpp.xy, (float(xy[0]), float(xy[1])))
+        here = np.sort(self._tree.query(shapely.box(*xy, *(xy + grid.side))))
+        mask = Raster([self._truth[i] for i in here], place, (px, px), self._labels)[:].astype(np.uint8)
+        if self._chosen:
+            mask[Raster(self._chosen, place, (px, px), {REGION: 1})[:] == 0] = IGNORE
+        return Example(self._slide.read_tile(grid, row), _no_heat(px), mask)
 def contours_of(objects: Sequence[Annotation], width_um: float, place: MapPlace, name: str) -> list[Annotation]:
     """The rims of objects as annotations of the class ``name``: what lies within ``width_um`` of an object's border, inside it.
 
-    Objects that touch are parted by both of their rims, which ``segmentation.instances.part_by_contour`` needs.
+    The width is kept to within a sixteenth. Objects that touch are parted by both of their rims, which ``segmentation.instances.part_by_contour`` needs.
     """
     width = width_um / math.sqrt(place.mpp[0] * place.mpp[1])
     rims = []
     for one in objects:
         shape = shapely.make_valid(one.geometry)
-        rims.append(Annotation(shapely.difference(shape, shapely.buffer(shape, -width)), name))
+        inner = shapely.buffer(shapely.simplify(shape, width / _FINER), -width)  # outlines of masks have many corners
+        rims.append(Annotation(shapely.difference(shape, inner), name))
     return rims
-
-
-def _moved(grid: TileGrid, row: int, size: tuple[int, int], rng: np.random.Generator) -> TileGrid:
-    """A tile of a grid, moved by up to half of its side, kept on the slide where that is large enough."""
-    step = np.array(grid.downsample)
-    half = np.array(grid.side) // step // 2
-    xy = grid.xy[row] // step + rng.integers(-half, half + 1)
-    last = np.maximum(0, (np.array(size) - grid.side) // step)
-    return replace(grid, xy=(np.clip(xy, 0, last) * step)[None], tissue=grid.tissue[[row]])
 
 
 def _no_heat(tile_px: int) -> NDArray[np.float32]:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from features.training import cosine_schedule
 from segmentation.augment import Augmentation, Lenses, augment
 from segmentation.losses import IGNORE, SegmentationLoss
 from segmentation.models import SegmentationModel
 from wsi.errors import UsageError
 
 __all__ = ["Draw", "Example", "FitConfig", "Fitted", "Watch", "as_input", "dice_of_labels", "fit", "mean_dice"]
+
+_RISE = 20  # the share of the steps, one in so many, over which the rate of a cosine schedule rises
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,8 @@ class FitConfig:
     Attributes:
         steps: of the optimiser.
         batch_size, accumulate: pictures at once, and how often before a step.
+        schedule: ``"constant"``, or ``"cosine"``: the rate rises over the first twentieth of the steps and then falls to
+            nothing with half a cosine.
         augmentation: what examples go through: turns (half turns, where they are not square) and lenses for picture, heat and
             truth alike, then, for half of them, colours of the picture.
         validate_every: steps between looks at the validation examples, if there are any; the best weights are kept.
@@ -86,6 +91,7 @@ class FitConfig:
     patience: int = 10
     seed: int = 0
     loss: SegmentationLoss = field(default_factory=SegmentationLoss)
+    schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "validate_every", "patience"):
@@ -93,6 +99,8 @@ class FitConfig:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is positive, got {self.learning_rate}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule is constant or cosine, got {self.schedule!r}")
 
 
 class Fitted(NamedTuple):
@@ -134,9 +142,11 @@ def fit(
     rng = np.random.default_rng(config.seed)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trained, lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate_factor(config))
     losses: list[float] = []
     scores: list[tuple[int, float]] = []
     best: tuple[float, int, dict[str, Tensor]] | None = None
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         for step in range(1, config.steps + 1):
@@ -151,6 +161,7 @@ def fit(
             if not np.isfinite(total):
                 raise UsageError(f"the loss is {total} at step {step}; lower learning_rate")
             optimiser.step()
+            schedule.step()
             optimiser.zero_grad()
             losses.append(total)
             looks = bool(validation) and (step % config.validate_every == 0 or step == config.steps)
@@ -163,6 +174,7 @@ def fit(
                     best = (scores[-1][1], step, {k: v.clone() for k, v in network.state_dict().items()})
                 elif len([s for s, _ in scores if s > best[1]]) >= config.patience:
                     break
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a saved one is read
     if best is not None:
         network.load_state_dict(best[2])
     network.eval()
@@ -195,6 +207,12 @@ def dice_of_labels(pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]], n_classes
     return float((2 * both[seen] / apart[seen]).mean()) if seen.any() else 1.0
 
 
+def _rate_factor(config: FitConfig) -> Callable[[int], float]:
+    if config.schedule == "constant":
+        return lambda step: 1.0
+    return cosine_schedule(max(1, config.steps // _RISE), config.steps)
+
+
 def _augmented(example: Example, options: Augmentation, rng: np.random.Generator) -> Example:
     height, width = example.mask.shape
     if options.turns:
@@ -213,4 +231,4 @@ def _augmented(example: Example, options: Augmentation, rng: np.random.Generator
 def _tensors(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(as_input([e.image for e in examples], [e.heat for e in examples]))
     targets = torch.from_numpy(np.stack([e.mask for e in examples]).astype(np.int64))
-    return x.to(device), targets.to(device)
+    return x.to(device, memory_format=torch.channels_last), targets.to(device)

@@ -1,0 +1,188 @@
+"""How well are glands found? Dense network, cascade, and a first stage on known weights, on real H&E with gland masks.
+
+Needs the GlaS composites (``slides/glas_composite_{train,testB}.tif``, ``.json``, ``_mask.png``): fields of the GlaS
+challenge (Sirinukunwattana et al., Medical Image Analysis 35, 2017) laid out on two slides. Networks start from random
+weights, learn from ``train`` and are tested on ``testB``. Every setting below was chosen with ``--held-out``: trained on
+four fields of five of ``train``, tested on the fifth. Fields of one patient may be on both sides of that line; none are of
+``train`` and ``testB``.
+
+Truth are the pieces of the masks, as the composites do not say which pieces are one gland; nothing outside the fields
+counts. Object scores are those of the challenge, over all objects of the slide, and as means over fields.
+
+    python benchmarks/glas.py ../shared --parts dense --picture glas.jpg
+    python benchmarks/glas.py ../shared --parts dense,cascade,gleason --json glas.json
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import shapely
+from figures import Figure, parser, report
+
+from segmentation.augment import Augmentation
+from segmentation.dense import DenseConfig, DenseSegmenter, over_turns, segment_slide, train_dense
+from segmentation.evaluate import EvaluateOptions, evaluate_slide
+from segmentation.fit import FitConfig
+from segmentation.instances import InstanceOptions
+from segmentation.losses import SegmentationLoss
+from segmentation.metrics import compare_objects
+from segmentation.objects import dense_objects
+from segmentation.sampling import REGION, AnnotatedSlide
+from wsi.annotation import Annotation
+from wsi.geojson import Frame
+from wsi.mask import MaskOptions, read_mask
+from wsi.slide import Slide
+
+ROOT = Path(__file__).resolve().parents[1]
+GLAND = "gland"
+PARTS = ("dense",)
+SPECK_UM2 = 10.0  # of a mask: pixels that hang on a gland by a corner
+MARGIN_PX = 100  # half the glass between fields, which is known to hold no gland
+
+DENSE = DenseConfig(
+    (GLAND,), mpp=2.0, hyper={"filters": (16, 32, 64, 96, 128), "norm": "batch"}, tile_px=128, overlap_px=64, contour_um=6.0
+)
+FIT = FitConfig(
+    steps=3000,
+    batch_size=8,
+    accumulate=1,
+    learning_rate=2e-3,
+    schedule="cosine",
+    loss=SegmentationLoss(dice=1, cross_entropy=1, over_batch=True),
+    augmentation=Augmentation(stain_sigma=0.05),
+)
+OBJECTS = InstanceOptions(contour_threshold=0.2, min_area_um2=1000, min_hole_um2=5000)
+SEEN_PX = 256  # of the square the trained network sees, which takes any size: more of it has its surroundings in sight
+QUICK_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Some of the fields of a composite.
+
+    Attributes:
+        path: the slide.
+        boxes: of the fields, in level-0 pixels.
+        glands: within them.
+        frame: of the slide.
+    """
+
+    path: Path
+    boxes: tuple[shapely.Polygon, ...]
+    glands: tuple[Annotation, ...]
+    frame: Frame
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> "Fields":
+        path = folder / f"glas_composite_{name}.tif"
+        known = json.loads(path.with_suffix(".json").read_text())
+        boxes = tuple(shapely.box(f["x"], f["y"], f["x"] + f["w"], f["y"] + f["h"]) for f in known)
+        with Slide.open(path) as slide:
+            frame = slide.frame
+        options = MaskOptions(classes={255: GLAND})
+        drawn = read_mask(path.with_name(f"{path.stem}_mask.png"), options, frame=frame)
+        speck = SPECK_UM2 / (frame.mpp[0] * frame.mpp[1])
+        return cls(path, boxes, tuple(a for a in drawn if a.geometry.area >= speck), frame)
+
+    def take(self, rows: Sequence[int]) -> "Fields":
+        boxes = tuple(self.boxes[row] for row in rows)
+        here = shapely.union_all(boxes)
+        return replace(self, boxes=boxes, glands=tuple(a for a in self.glands if a.geometry.intersects(here)))
+
+    def tissue(self) -> list[Annotation]:
+        return [Annotation(box, "Tissue") for box in self.boxes]
+
+    def annotated(self) -> AnnotatedSlide:
+        """The fields with some of the glass around them; the rest of the slide is not to be looked at."""
+        chosen = [Annotation(shapely.buffer(box, MARGIN_PX, join_style="mitre"), REGION) for box in self.boxes]
+        return AnnotatedSlide(self.path, (*self.glands, *chosen), tissue=self.tissue())
+
+
+@contextmanager
+def measured(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds what a block took of the clock, and of all its threads' processor time."""
+    wall, processor = time.perf_counter(), time.process_time()
+    yield
+    seconds[f"{name}, clock"] = time.perf_counter() - wall
+    seconds[f"{name}, processor"] = time.process_time() - processor
+
+
+def within(found: Sequence[Annotation], box: shapely.Polygon) -> list[Annotation]:
+    """Polygons cut off at a field's edge."""
+    cut = [(a, part) for a in found for part in shapely.get_parts(shapely.intersection(a.geometry, box))]
+    return [replace(a, geometry=part) for a, part in cut if part.geom_type == "Polygon" and not part.is_empty]
+
+
+def scores(name: str, found: Sequence[Annotation], fields: Fields, reach: dict[str, float]) -> list[Figure]:
+    """Scores over the whole slide and as means over fields."""
+    mine, true = ([within(each, box) for box in fields.boxes] for each in (found, fields.glands))
+    options = EvaluateOptions(mpp=max(fields.frame.mpp), classes=(GLAND,))
+    (whole,) = evaluate_slide([a for part in mine for a in part], [a for part in true for a in part], fields.frame, options)
+    each = [
+        compare_objects([a.geometry for a in m], [a.geometry for a in t], fields.frame.mpp)
+        for m, t in zip(mine, true, strict=True)
+    ]
+    rows = {
+        "Dice": (whole.dice, ""),
+        "object F1": (whole.object_f1, ""),
+        "object Dice": (whole.object_dice, ""),
+        "object Hausdorff": (whole.object_hausdorff_um, "µm"),
+        "object F1, mean of fields": (float(np.nanmean([one.f1 for one in each])), ""),
+        "object Dice, mean of fields": (float(np.nanmean([one.dice for one in each])), ""),
+        "object Hausdorff, mean of fields": (float(np.nanmean([one.hausdorff_um for one in each])), "µm"),
+        "objects found": (whole.n_found, f"of {whole.n_true}"),
+    }
+    return [Figure(f"{name}: {row}", value, unit, reach.get(row)) for row, (value, unit) in rows.items()]
+
+
+def dense(train: Fields, test: Fields, work: Path, fit: FitConfig, *, keep: Path | None) -> tuple[list[Annotation], dict[str, float]]:
+    """Train at full resolution, and find the glands of the other fields."""
+    seconds: dict[str, float] = {}
+    with measured(seconds, "dense: training"):
+        trained, _ = train_dense([train.annotated()], DENSE, fit)
+    if keep is not None:
+        trained.save(keep, fitted=fit)
+    seeing = DenseSegmenter(replace(DENSE, tile_px=SEEN_PX, overlap_px=SEEN_PX // 2), trained.network)
+    with measured(seconds, "dense: testing"), Slide.open(test.path) as slide:
+        made = segment_slide(
+            seeing, slide, work / "dense.zarr", tissue=test.tissue(), predict=over_turns(seeing.predict)
+        )
+        return list(dense_objects(made, OBJECTS)), seconds
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("shared", type=Path, nargs="?", default=ROOT.parent / "shared", help="folder with slides/ and weights/")
+    options.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    options.add_argument("--held-out", action="store_true", help="test on every fifth field of train, learn from the others")
+    options.add_argument("--steps", type=int, help=f"of the dense network's training; {FIT.steps} by default")
+    options.add_argument("--keep", type=Path, metavar="FILE", help="write the dense network here")
+    options.add_argument("--picture", type=Path, metavar="FILE", help="write fields with their outlines here")
+    chosen = options.parse_args()
+    parts = chosen.parts.split(",")
+    train = Fields.read(chosen.shared / "slides", "train")
+    test = Fields.read(chosen.shared / "slides", "testB")
+    if chosen.held_out:
+        rows = range(len(train.boxes))
+        train, test = train.take([i for i in rows if i % 5 != 4]), train.take([i for i in rows if i % 5 == 4])
+    promised = not (chosen.quick or chosen.held_out)
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        if "dense" in parts:
+            fit = replace(FIT, steps=chosen.steps or (QUICK_STEPS if chosen.quick else FIT.steps))
+            found, seconds = dense(train, test, work, fit, keep=chosen.keep)
+            figures += scores("dense", found, test, {"Dice": 0.82, "object F1": 0.70} if promised else {})
+            limit = {"dense: training, processor": 7200.0} if promised else {}
+            figures += [Figure(row, value, "s", limit.get(row), False) for row, value in seconds.items()]
+    report("GlaS: glands found", figures, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
