@@ -46,7 +46,12 @@ SPECK_UM2 = 10.0  # of a mask: pixels that hang on a gland by a corner
 MARGIN_PX = 100  # half the glass between fields, which is known to hold no gland
 
 DENSE = DenseConfig(
-    (GLAND,), mpp=2.0, hyper={"filters": (16, 32, 64, 96, 128), "norm": "batch"}, tile_px=128, overlap_px=64, contour_um=6.0
+    (GLAND,),
+    mpp=2.0,
+    hyper={"filters": (16, 32, 64, 96, 128), "norm": "batch"},
+    tile_px=128,
+    overlap_px=64,
+    contour_um=6.0,
 )
 FIT = FitConfig(
     steps=3000,
@@ -123,7 +128,9 @@ def scores(name: str, found: Sequence[Annotation], fields: Fields, reach: dict[s
     """Scores over the whole slide and as means over fields."""
     mine, true = ([within(each, box) for box in fields.boxes] for each in (found, fields.glands))
     options = EvaluateOptions(mpp=max(fields.frame.mpp), classes=(GLAND,))
-    (whole,) = evaluate_slide([a for part in mine for a in part], [a for part in true for a in part], fields.frame, options)
+    (whole,) = evaluate_slide(
+        [a for part in mine for a in part], [a for part in true for a in part], fields.frame, options
+    )
     each = [
         compare_objects([a.geometry for a in m], [a.geometry for a in t], fields.frame.mpp)
         for m, t in zip(mine, true, strict=True)
@@ -141,7 +148,9 @@ def scores(name: str, found: Sequence[Annotation], fields: Fields, reach: dict[s
     return [Figure(f"{name}: {row}", value, unit, reach.get(row)) for row, (value, unit) in rows.items()]
 
 
-def dense(train: Fields, test: Fields, work: Path, fit: FitConfig, *, keep: Path | None) -> tuple[list[Annotation], dict[str, float]]:
+def dense(
+    train: Fields, test: Fields, work: Path, fit: FitConfig, *, keep: Path | None
+) -> tuple[list[Annotation], dict[str, float]]:
     """Train at full resolution, and find the glands of the other fields."""
     seconds: dict[str, float] = {}
     with measured(seconds, "dense: training"):
@@ -158,9 +167,13 @@ def dense(train: Fields, test: Fields, work: Path, fit: FitConfig, *, keep: Path
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("shared", type=Path, nargs="?", default=ROOT.parent / "shared", help="folder with slides/ and weights/")
+    options.add_argument(
+        "shared", type=Path, nargs="?", default=ROOT.parent / "shared", help="folder with slides/ and weights/"
+    )
     options.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    options.add_argument("--held-out", action="store_true", help="test on every fifth field of train, learn from the others")
+    options.add_argument(
+        "--held-out", action="store_true", help="test on every fifth field of train, learn from the others"
+    )
     options.add_argument("--steps", type=int, help=f"of the dense network's training; {FIT.steps} by default")
     options.add_argument("--keep", type=Path, metavar="FILE", help="write the dense network here")
     options.add_argument("--picture", type=Path, metavar="FILE", help="write fields with their outlines here")

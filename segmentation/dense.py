@@ -328,10 +328,7 @@ def train_dense(
     segmenter = DenseSegmenter.untrained(config, encoder=encoder, seed=fit_config.seed, device=device)
     with ExitStack() as stack:
         trained, judged = (
-            [
-                _Squares(stack.enter_context(each.open()), each.annotations, config, tissue=each.tissue)
-                for each in part
-            ]
+            [_Squares(stack.enter_context(each.open()), each.annotations, config, tissue=each.tissue) for each in part]
             for part in (slides, validation)
         )
         looked_at = [square for squares in judged for square in squares.all()]
@@ -419,6 +416,8 @@ class _Squares:
         if self._chosen:
             mask[Raster(self._chosen, place, (px, px), {REGION: 1})[:] == 0] = IGNORE
         return Example(self._slide.read_tile(grid, row), _no_heat(px), mask)
+
+
 def contours_of(objects: Sequence[Annotation], width_um: float, place: MapPlace, name: str) -> list[Annotation]:
     """The rims of objects as annotations of the class ``name``: what lies within ``width_um`` of an object's border, inside it.
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
+from PIL import Image
 
 from features.encoder import Encoder, EncoderRequest, EncoderSpec, build_encoder
 from segmentation.dense import (
@@ -16,12 +17,17 @@ from segmentation.dense import (
     contours_of,
     draw_from,
     open_dense,
+    over_turns,
     segment_slide,
+    train_dense,
 )
 from segmentation.fit import FitConfig, fit
-from segmentation.losses import SegmentationLoss
+from segmentation.instances import InstanceOptions
+from segmentation.losses import IGNORE, SegmentationLoss
+from segmentation.objects import dense_objects
 from segmentation.place import MapPlace
 from segmentation.polygons import find_polygons
+from segmentation.sampling import AnnotatedSlide
 from wsi.annotation import Annotation
 from wsi.errors import ModelMismatchError, ReadError, StoreFormatError, UsageError
 from wsi.readers import ArrayReader, Pixels
@@ -184,6 +190,94 @@ def test_squares_drawn_from_a_slide_hold_pixels_and_truth_of_the_same_place() ->
     assert len({e.mask.tobytes() for e in drawn}) > 10
 
 
+def test_what_is_ignored_or_outside_of_chosen_regions_counts_for_nothing_and_squares_lie_around_places_inside() -> None:
+    slide = slide_of(320, 320)
+    region = shapely.box(40, 40, 200, 280)
+    truth = [
+        Annotation(shapely.box(60, 40, 200, 120), "gland"),
+        Annotation(shapely.box(60, 100, 100, 120), "Ignore*"),
+        Annotation(region, "Region*"),
+    ]
+    draw = draw_from([(slide, truth)], CONFIG, tissue=[everything(slide)])
+    rng = np.random.default_rng(0)
+    drawn = [draw(rng) for _ in range(100)]
+    seen = np.stack([e.mask for e in drawn])
+    gland = np.stack([e.image[..., 0] < 140 for e in drawn])
+    assert ((seen == IGNORE).any() and (seen == 1).any()) and (seen == 0).any()
+    assert gland[seen == 1].mean() > 0.98  # but for pixels on its border
+    assert not gland[seen == 0].any()
+    middles = seen[:, 15:17, 15:17]
+    assert (middles == IGNORE).mean() < 0.08  # of the region, 0.02 is ignored, and pixels straddle its border
+    assert {label for mask in seen for label in np.unique(mask)} == {0, 1, IGNORE}
+
+
+def test_places_are_drawn_evenly_over_the_tissue() -> None:
+    height, width = 240, 480
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(height)[:, None], np.arange(width) // 2
+    slide = Slide.from_array(pixels, mpp=2.0)
+    tissue = [
+        Annotation(shapely.box(40, 30, 170, 210), "Tissue"),
+        Annotation(shapely.box(300, 100, 430, 190), "Tissue"),
+    ]
+    draw = draw_from([(slide, [])], CONFIG, tissue=[tissue])
+    rng = np.random.default_rng(1)
+    middles = np.array([draw(rng).image[16, 16, 1::-1] for _ in range(1500)]) * (2, 1)
+    left = middles[:, 0] < 220
+    assert left.mean() == pytest.approx(2 / 3, abs=0.04)  # by their areas
+    y = middles[left, 1]
+    assert (y.min(), y.max()) == (pytest.approx(30, abs=3), pytest.approx(210, abs=3))
+    assert np.histogram(y, 4, (30, 210))[0] / len(y) == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_a_network_trained_with_contours_parts_glands_that_touch(tmp_path: Path) -> None:
+    def glands(seed: int) -> AnnotatedSlide:
+        """Pairs of glands side by side, with a faint line between."""
+        rng = np.random.default_rng(seed)
+        pixels = np.full((192, 192, 3), 225, np.uint8)
+        truth = []
+        for corner in [(10, 20), (100, 10), (20, 110), (105, 105)]:
+            x, y = (rng.integers(10, size=2) + corner).tolist()
+            for left in (x, x + 30):
+                pixels[y : y + 40, left : left + 30] = (110, 60, 120)
+                pixels[y + 3 : y + 37, left + 3 : left + 27] = (170, 100, 160)
+                truth.append(Annotation(shapely.box(left, y, left + 30, y + 40), "gland"))
+        noisy = np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
+        path = tmp_path / f"{seed}.png"
+        Image.fromarray(noisy).save(path)
+        return AnnotatedSlide(path, truth, mpp=(2.0, 2.0), tissue=[Annotation(shapely.box(0, 0, 192, 192), "Tissue")])
+
+    config = DenseConfig(
+        ("gland",), 2.0, hyper={"filters": (8, 8), "norm": "batch"}, tile_px=32, overlap_px=16, contour_um=6.0
+    )
+    assert config.labels == {"gland": 1, "contour": 2}
+    learning = FitConfig(60, 6, 1, 2e-2, validate_every=30, schedule="cosine", loss=SegmentationLoss(1, 1))
+    segmenter, fitted = train_dense([glands(0), glands(1)], config, learning, [glands(2)], device="cpu")
+    assert [step for step, _ in fitted.scores] == [30, 60]
+    assert fitted.scores[-1][1] > 0.9
+    segmenter.save(tmp_path / "d.safetensors", fitted=learning)
+    assert DenseSegmenter.load(tmp_path / "d.safetensors").config.labels == config.labels
+    unseen = glands(3)
+    with unseen.open() as slide:
+        made = segment_slide(segmenter, slide, tmp_path / "map.zarr", tissue=unseen.tissue)
+    assert dict(made.classes) == {1: "gland", 2: "contour"}
+    found = list(dense_objects(made, InstanceOptions(min_area_um2=200)))
+    assert len(found) == 8
+    for one in unseen.annotations:
+        best = max(found, key=lambda a: a.geometry.intersection(one.geometry).area).geometry
+        assert best.intersection(one.geometry).area / best.union(one.geometry).area > 0.85
+
+
+def test_the_mean_over_turns_turns_with_the_picture() -> None:
+    def leaning(x: np.ndarray) -> np.ndarray:
+        return x * np.linspace(0, 1, x.shape[3], dtype=np.float32)
+
+    predict = over_turns(leaning)
+    x = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
+    np.testing.assert_allclose(predict(np.rot90(x, 1, (2, 3)).copy()), np.rot90(predict(x), 1, (2, 3)), atol=1e-6)
+    np.testing.assert_allclose(predict(x), x * 0.5, atol=1e-6)  # the ramps of the four turns sum to the same everywhere
+
+
 def test_rims_of_touching_objects_part_them() -> None:
     place = MapPlace((2.0, 2.0), (0.5, 0.5))
     objects = [Annotation(shapely.box(0, 0, 100, 100), "gland"), Annotation(shapely.box(100, 0, 200, 100), "gland")]
@@ -263,5 +357,11 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
         draw_from([], CONFIG)
     with pytest.raises(ValueError, match="different names"):
         DenseConfig(())
+    with pytest.raises(ValueError, match="different names"):
+        DenseConfig(("gland", "contour"), contour_um=5.0)
+    with pytest.raises(ValueError, match="contour_um is positive"):
+        DenseConfig(("gland",), contour_um=0.0)
+    with pytest.raises(UsageError, match="no slide to draw"):
+        train_dense([], CONFIG)
     with pytest.raises(ValueError, match="overlap_px"):
         DenseConfig(("a",), tile_px=8, overlap_px=8)
