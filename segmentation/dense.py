@@ -25,6 +25,7 @@ from segmentation.models import SegmentationModel, build_network
 from segmentation.models.tokens import TokenDecoder
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
+from segmentation.rows import LabelRows
 from segmentation.sampling import IGNORED, REGION, AnnotatedSlide
 from segmentation.saved import read_network, save_network
 from wsi._files import make_folder_atomically
@@ -39,7 +40,6 @@ __all__ = [
     "DenseConfig",
     "DenseMap",
     "DenseSegmenter",
-    "LabelRows",
     "contours_of",
     "draw_from",
     "open_dense",
@@ -179,19 +179,6 @@ class DenseSegmenter:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelMismatchError(f"{path}: cannot be used as a dense network ({error})") from error
         return made
-
-
-class LabelRows:
-    """(H, W) uint8 likeliest classes of a probability map, made when their rows are asked for; unscored is background."""
-
-    def __init__(self, probabilities: Any) -> None:
-        self._probabilities = probabilities
-        self.shape: tuple[int, ...] = probabilities.shape[1:]
-        self.chunks: tuple[int, ...] = (getattr(probabilities, "chunks", None) or (0, 1, 1))[1:]
-
-    def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
-        values = np.nan_to_num(np.asarray(self._probabilities[:, rows]), nan=0.0)
-        return np.asarray(values.argmax(0), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -419,9 +406,10 @@ class _Squares:
 
 
 def contours_of(objects: Sequence[Annotation], width_um: float, place: MapPlace, name: str) -> list[Annotation]:
-    """The rims of objects as annotations of the class ``name``: what lies within ``width_um`` of an object's border, inside it.
+    """The rims of objects as annotations of the class ``name``: what is within ``width_um`` of their borders, inside.
 
-    The width is kept to within a sixteenth. Objects that touch are parted by both of their rims, which ``segmentation.instances.part_by_contour`` needs.
+    The width is kept to within a sixteenth. Objects that touch are parted by both of their rims, which
+    ``segmentation.instances.part_by_contour`` needs.
     """
     width = width_um / math.sqrt(place.mpp[0] * place.mpp[1])
     rims = []

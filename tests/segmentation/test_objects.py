@@ -46,7 +46,7 @@ def test_parting_area_by_area_gives_the_objects_that_parting_the_whole_map_gives
         made = map_of(("gland", "contour"), interior, contour)
         values = np.asarray(made.probabilities, np.float64)
         together = part_by_contour(values[1], values[2], PLACE, options)
-        names = {number: "gland" for number in range(1, together.max() + 1)}
+        names = dict.fromkeys(range(1, together.max() + 1), "gland")
         expected = {a.geometry.normalize().wkt for a in find_polygons(together, PLACE, names, PIXEL_EDGES)}
         found = list(dense_objects(made, options, PIXEL_EDGES))
         assert len(found) > 5
