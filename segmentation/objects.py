@@ -1,29 +1,46 @@
-"""Objects: the areas of a dense network's map, parted into single objects, as polygons.
+"""Objects: the areas of a probability map, such as a dense network's, parted into single objects, as polygons.
 
 Areas that do not touch know nothing of each other: each is parted by itself, so that memory grows with the largest of them
 and not with the slide.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from segmentation.dense import CONTOUR, DenseMap
+from segmentation.dense import CONTOUR
 from segmentation.instances import InstanceOptions, part_by_contour, part_by_distance
 from segmentation.place import MapPlace
 from segmentation.polygons import PolygonOptions, find_polygons
 from segmentation.raster import Raster
 from wsi.annotation import Annotation
 
-__all__ = ["dense_objects"]
+__all__ = ["ClassMap", "find_objects"]
 
 _AREA = "area"
 
 
-def dense_objects(
-    found: DenseMap, options: InstanceOptions | None = None, polygons: PolygonOptions | None = None
+class ClassMap(Protocol):
+    """Probabilities of classes, such as a ``DenseMap`` or a ``Refinement``.
+
+    Attributes:
+        probabilities: (1 + C, H, W) array that is sliced, background the first; NaN = not scored.
+        place: where the map lies on the slide.
+        classes: the name of each label.
+    """
+
+    @property
+    def probabilities(self) -> Any: ...
+    @property
+    def place(self) -> MapPlace: ...
+    @property
+    def classes(self) -> Mapping[int, str]: ...
+
+
+def find_objects(
+    found: ClassMap, options: InstanceOptions | None = None, polygons: PolygonOptions | None = None
 ) -> Iterator[Annotation]:
     """The objects of a map, area by area; each measures the mean probability of its pixels not to be background.
 
@@ -52,7 +69,7 @@ class _Foreground:
 
 
 def _objects_in(
-    area: Annotation, found: DenseMap, options: InstanceOptions, polygons: PolygonOptions | None
+    area: Annotation, found: ClassMap, options: InstanceOptions, polygons: PolygonOptions | None
 ) -> Iterator[Annotation]:
     x0, y0, x1, y1 = area.geometry.bounds
     corners = np.rint(found.place.to_map(np.array([[x0, y0], [x1, y1]]))).astype(np.int64)  # of pixels: whole numbers

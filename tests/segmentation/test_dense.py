@@ -23,7 +23,7 @@ from segmentation.dense import (
 from segmentation.fit import FitConfig, fit
 from segmentation.instances import InstanceOptions
 from segmentation.losses import IGNORE, SegmentationLoss
-from segmentation.objects import dense_objects
+from segmentation.objects import find_objects
 from segmentation.place import MapPlace
 from segmentation.polygons import find_polygons
 from segmentation.rows import LabelRows
@@ -260,7 +260,7 @@ def test_a_network_trained_with_contours_parts_glands_that_touch(tmp_path: Path)
     with unseen.open() as slide:
         made = segment_slide(segmenter, slide, tmp_path / "map.zarr", tissue=unseen.tissue)
     assert dict(made.classes) == {1: "gland", 2: "contour"}
-    found = list(dense_objects(made, InstanceOptions(min_area_um2=200)))
+    found = list(find_objects(made, InstanceOptions(min_area_um2=200)))
     assert len(found) == 8
     for one in unseen.annotations:
         best = max(found, key=lambda a: a.geometry.intersection(one.geometry).area).geometry

@@ -7,7 +7,7 @@ import shapely
 
 from segmentation.dense import DenseMap
 from segmentation.instances import InstanceOptions, part_by_contour
-from segmentation.objects import dense_objects
+from segmentation.objects import find_objects
 from segmentation.place import MapPlace
 from segmentation.polygons import PolygonOptions, find_polygons
 
@@ -48,7 +48,7 @@ def test_parting_area_by_area_gives_the_objects_that_parting_the_whole_map_gives
         together = part_by_contour(values[1], values[2], PLACE, options)
         names = dict.fromkeys(range(1, together.max() + 1), "gland")
         expected = {a.geometry.normalize().wkt for a in find_polygons(together, PLACE, names, PIXEL_EDGES)}
-        found = list(dense_objects(made, options, PIXEL_EDGES))
+        found = list(find_objects(made, options, PIXEL_EDGES))
         assert len(found) > 5
         assert {a.geometry.normalize().wkt for a in found} == expected
         assert {a.class_name for a in found} == {"gland"}
@@ -57,7 +57,7 @@ def test_parting_area_by_area_gives_the_objects_that_parting_the_whole_map_gives
 def test_without_contours_areas_are_parted_where_they_are_narrow() -> None:
     y, x = np.mgrid[:60, :90]
     discs = [np.hypot(y - cy, x - cx) < 12 for cy, cx in ((20, 20), (22, 40), (40, 70))]
-    found = list(dense_objects(map_of(("gland",), np.any(discs, axis=0) * 0.9), polygons=PIXEL_EDGES))
+    found = list(find_objects(map_of(("gland",), np.any(discs, axis=0) * 0.9), polygons=PIXEL_EDGES))
     centres = sorted((round(a.geometry.centroid.x / 2), round(a.geometry.centroid.y / 2)) for a in found)
     np.testing.assert_allclose(centres, [(20, 20), (40, 22), (70, 40)], atol=1)
 
@@ -70,7 +70,7 @@ def test_an_object_is_of_the_class_that_has_most_of_it_and_its_probability_is_th
     malignant[5:25, 27:50] = 0.7
     contour[5:25, 25:27] = 0.9
     made = map_of(("benign", "malignant", "contour"), benign, malignant, contour)
-    left, right = sorted(dense_objects(made, polygons=PIXEL_EDGES), key=lambda a: a.geometry.bounds[0])
+    left, right = sorted(find_objects(made, polygons=PIXEL_EDGES), key=lambda a: a.geometry.bounds[0])
     assert (left.class_name, right.class_name) == ("benign", "malignant")
     assert shapely.union(left.geometry, right.geometry).area == 45 * 20 * 4
     assert abs(right.geometry.area - 23 * 20 * 4) <= 2 * 20 * 4
@@ -82,7 +82,7 @@ def test_objects_lie_where_the_map_says_they_lie_and_the_unscored_holds_none() -
     interior = np.full((40, 40), np.nan)
     interior[10:20, 12:30] = 0.9
     made = map_of(("gland",), interior, place=MapPlace((4.0, 3.0), (0.5, 0.5), (100.0, 50.0)))
-    (one,) = dense_objects(made, polygons=PIXEL_EDGES)
+    (one,) = find_objects(made, polygons=PIXEL_EDGES)
     assert one.geometry.equals(shapely.box(100 + 48, 50 + 30, 100 + 120, 50 + 60))
 
 
@@ -105,7 +105,7 @@ def test_memory_grows_with_the_largest_area_and_not_with_the_map() -> None:
     def peak(height: int) -> int:
         made = DenseMap(Glands(height), PLACE, {1: "gland"}, 0)
         tracemalloc.start()
-        found = sum(1 for _ in dense_objects(made))
+        found = sum(1 for _ in find_objects(made))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert found == height // 512 * 4
