@@ -83,11 +83,11 @@ REFINEMENT = RefineConfig(
     (GLAND,), hyper=DENSE.hyper, side_px=DENSE.tile_px, mpp=DENSE.mpp, overlap_px=DENSE.overlap_px
 )
 SMALL = SegmentationConfig(
-    PatchOptions((GLAND,), Tiling(2.0, 32, 16, 0.5), min_coverage=0.5, min_background=0.5),
+    PatchOptions((GLAND,), Tiling(1.0, 64, 32, 0.5), min_coverage=0.5, min_background=0.5),
     REFINEMENT,
-    network=NetworkOptions("timm:mobilenetv3_small_050", hidden=0, random_seed=0),
+    network=NetworkOptions(hidden=0, random_seed=0),
     classifier=ClassifierTraining(
-        ("class",), epochs=5, patches=6400, lr=1e-3, augmentation=Augmentation(stain_sigma=0.05), device="cpu"
+        ("class",), epochs=4, patches=6400, lr=1e-3, augmentation=Augmentation(stain_sigma=0.05), device="cpu"
     ),
     heat=HeatOptions(steps=2, min_tissue=0.25),
     fit=replace(FIT, steps=1000),
@@ -99,7 +99,7 @@ GLEASON = replace(
     SMALL,
     patches=PatchOptions((GLAND,), Tiling(1.0, 128, 96, 0.5), min_coverage=0.5, min_background=0.5),
     network=NetworkOptions(f"{ROOT / 'examples' / 'gleason_mobilenet.py'}:build", frozen=True, hidden=0, dropout=0.0),
-    classifier=replace(SMALL.classifier, epochs=3, patches=3200, lr=3e-3),
+    classifier=replace(SMALL.classifier, epochs=2, patches=3200, lr=3e-3),
     heat=HeatOptions(steps=4, min_tissue=0.25),
 )
 GLEASON_WEIGHTS = "weights/gleason-mobilenet/MobileNet_Gleason_weights.h5"
@@ -243,6 +243,7 @@ def quick(config: SegmentationConfig) -> SegmentationConfig:
         classifier=replace(config.classifier, epochs=1, patches=64),
         fit=replace(config.fit, steps=10),
         heat=replace(config.heat, steps=1),
+        refinement=replace(config.refinement, overlap_px=0),
     )
 
 
