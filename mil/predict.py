@@ -15,15 +15,16 @@ from features.keys import readable_part
 from features.selection import selection_from_facts
 from features.store import FeatureStore, SlideStore
 from mil import explain
-from mil.cohort import LeftOut, SlideNames, read_rows
+from mil.cohort import LeftOut, SlideNames
 from mil.member import Member
 from mil.predictions import Predictions
 from mil.result import Result
 from mil.sources import BagSource, StoreSource, has_features, pool_bags
+from mil.table import SlideTable
 from mil.train import pick_device
 from mil.uncertainty import Conformal, Doubt, doubt
 from wsi._files import write_atomically
-from wsi.errors import CohortError, NotExtractedError, RunMismatchError, SlideError
+from wsi.errors import NotExtractedError, RunMismatchError, SlideError
 from wsi.heatmap import Heatmap
 from wsi.slide import Overview, Slide
 
@@ -228,13 +229,16 @@ class Predictor:
 def read_patients(
     table: Path, store: FeatureStore, *, slide: str | None = None, patient: str | None = None
 ) -> dict[str, str]:
-    """Whose each slide of a store is, by store key, from a CSV with columns of slides and patients."""
-    rows = read_rows(table)
+    """Whose each slide of a store is, by store key, from a CSV with columns of slides and patients.
+
+    Raises:
+        CohortError: the table cannot be used.
+    """
+    read = SlideTable.read(table)
     names = SlideNames({key: readable_part(key) for key in store.keys})
     found: dict[str, str] = {}
-    slide = slide or _usual(table, rows, ("slide", "slide_id", "filename", "file"), "slides")
-    patient = patient or _usual(table, rows, ("patient", "patient_id", "case", "case_id"), "patients")
-    for row in rows:
+    slide, patient = read.column("slide", slide), read.column("patient", patient)
+    for row in read.rows:
         key = names.find(row[slide])
         if key is not None:
             found[key] = row[patient]
@@ -249,10 +253,3 @@ def overview_of(slide: SlideStore) -> Overview | None:
             return opened.overview(max_px=_PICTURE_PX)
     except SlideError:  # a picture is drawn all the same, on white
         return None
-
-
-def _usual(table: Path, rows: list[dict[str, str]], names: tuple[str, ...], what: str) -> str:
-    for name in names:
-        if rows and name in rows[0]:
-            return name
-    raise CohortError(f"{table}: has no column of {what} ({', '.join(names)})")
