@@ -98,7 +98,7 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
         raise click.UsageError(f"{out} is there already; give another --out, or delete it")
     with console.status("loading …"):  # torch alone takes seconds
         from mil.prototypes import SlideSet, draw_tiles, fit_prototypes, report_k
-        from mil.prototypes.embeddings import encoder_of
+        from mil.sources import encoder_of
 
         slides = SlideSet.from_store(store, encoder or encoder_of(store), table)
     for left in slides.left_out:

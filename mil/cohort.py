@@ -23,6 +23,7 @@ from mil.sources import (
     FolderSource,
     StoreSource,
     checked_bag,
+    encoder_of,
     has_features,
     pool_bags,
 )
@@ -36,7 +37,6 @@ __all__ = ["CACHE_BYTES", "Cases", "Cohort", "Fusion", "LeftOut", "SlideNames", 
 Fusion = Literal["late", "early", "none"]
 Targets = str | Labels | Sequence[str | Labels]
 CACHE_BYTES = 4 << 30
-
 
 
 class LeftOut(NamedTuple):
@@ -172,12 +172,9 @@ class Cohort:
         chosen = parse_selection(select) if isinstance(select, str) else select
         source = StoreSource(store, _encoders(store, encoder), chosen)
         missing: dict[str, str] = {}
-        for slide in store:
-            lacking = [name for name in source.encoders if not has_features(slide, name)]
-            if lacking:
-                missing[slide.key] = f"no features of {', '.join(lacking)}"
-            elif source.n_good(slide.key) == 0:
-                missing[slide.key] = "no tiles"
+        for key in store.keys:
+            if reason := source.lacks(key):
+                missing[key] = reason
         names = SlideNames({key: readable_part(key) for key in store.keys})
         return _from_table(Path(table), _labels(target), CachedSource(source, cache_bytes), names, missing)
 
@@ -500,11 +497,7 @@ def _encoders(store: FeatureStore, encoder: str | Sequence[str] | None) -> tuple
                     f"run wsi extract with --encoder {name}"
                 )
         return wanted
-    if not there:
-        raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
-    if len(there) > 1:
-        raise UsageError(f"{store.root}: holds features of {', '.join(there)}; say which with --encoder")
-    return (there[0],)
+    return (encoder_of(store),)
 
 
 def _labels(target: Targets) -> tuple[Labels, ...]:

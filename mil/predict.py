@@ -19,7 +19,7 @@ from mil.cohort import LeftOut, SlideNames
 from mil.member import Member
 from mil.predictions import Predictions
 from mil.result import Result
-from mil.sources import BagSource, StoreSource, has_features, pool_bags
+from mil.sources import BagSource, StoreSource, pool_bags
 from mil.table import SlideTable
 from mil.train import pick_device
 from mil.uncertainty import Conformal, Doubt, doubt
@@ -177,9 +177,8 @@ class Predictor:
         source = self.source(store)
         left_out, cases = [], dict[str, list[str]]()
         for slide in store:
-            lacking = [name for name in source.encoders if not has_features(slide, name)]
-            if lacking or source.n_good(slide.key) == 0:
-                left_out.append(LeftOut(slide.key, f"no features of {lacking[0]}" if lacking else "no tiles"))
+            if reason := source.lacks(slide.key):
+                left_out.append(LeftOut(slide.key, reason))
             elif patients is not None and slide.key not in patients:
                 left_out.append(LeftOut(slide.key, "no patient in the table"))
             else:

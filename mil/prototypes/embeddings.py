@@ -4,53 +4,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from features.embedding import SlideEmbedding
-from features.lease import Lease
-from features.store import FeatureStore, SlideStore
-from features.writing import check_embedding, write_embedding
-from mil.cohort import LeftOut
+from features.store import FeatureStore
+from mil.embedding import Embedding, EmbedReport, Outcome, embed_store
 from mil.prototypes.embedder import Embedder
 from mil.prototypes.embedders import build_embedder
 from mil.prototypes.prototypes import Prototypes
 from mil.prototypes.tiles import rows_of
-from mil.sources import StoreSource, has_features
-from wsi.errors import EncoderChangedError, NotExtractedError, RunMismatchError, StoreError, UsageError
+from mil.sources import StoreSource, encoder_of
+from wsi.errors import NotExtractedError, RunMismatchError, UsageError
 
-__all__ = ["EmbedReport", "Embeddings", "Failure", "Outcome", "embed_slides", "encoder_of"]
-
-Outcome = Literal["done", "there already", "left out", "failed"]
-
-
-class Failure(NamedTuple):
-    """A slide that could not be embedded: its key, the stable code of the error, and what it said."""
-
-    slide: str
-    code: str
-    message: str
-
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What became of a store's slides.
-
-    Attributes:
-        name: of the embedding.
-        done, skipped: keys of slides embedded now, and of those that were already.
-        left_out: slides without tiles of the encoder, and why.
-        failed: slides that should have been embedded.
-    """
-
-    name: str
-    done: tuple[str, ...]
-    skipped: tuple[str, ...]
-    left_out: tuple[LeftOut, ...]
-    failed: tuple[Failure, ...]
+__all__ = ["Embeddings", "embed_slides"]
 
 
 def embed_slides(
@@ -95,32 +65,14 @@ def embed_slides(
         facts["prototypes"] = prototypes.digest
     facts = json.loads(json.dumps(facts))  # as it will read back
     name = name or method.name
-    lists: dict[Outcome, list[Any]] = {"done": [], "there already": [], "left out": [], "failed": []}
-    for key in store.keys:
-        try:
-            outcome, entry = _embed_slide(store, source, key, method, prototypes, name, facts, replace)
-        except StoreError as error:
-            outcome, entry = "failed", Failure(key, error.code, str(error))
-        lists[outcome].append(entry)
-        if done is not None:
-            done(key, outcome)
-    return EmbedReport(name, *(tuple(entries) for entries in lists.values()))
 
+    @torch.inference_mode()
+    def parts(key: str) -> dict[str, NDArray[np.float32]]:
+        stored = rows_of(source, key)
+        rows, centres = method.rows(stored, prototypes), method.centres(next(iter(stored)), prototypes)
+        return {part: value.numpy() for part, value in method.slide(rows, centres).items()}
 
-def encoder_of(store: FeatureStore | str | Path) -> str:
-    """The one encoder whose features a store holds.
-
-    Raises:
-        UsageError: there are several.
-        NotExtractedError: there is none.
-    """
-    store = store if isinstance(store, FeatureStore) else FeatureStore(store)
-    there = sorted({name for slide in store for name in slide.encoders})
-    if not there:
-        raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
-    if len(there) > 1:
-        raise UsageError(f"{store.root}: holds features of {', '.join(there)}; say which with --encoder")
-    return there[0]
+    return embed_store([source], Embedding(name, facts, parts, replace), done)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,42 +149,3 @@ class Embeddings:
 
     def __repr__(self) -> str:
         return f"<Embeddings {self.name}: {len(self)} slides × {self.matrix.shape[1]}>"
-
-
-def _embed_slide(
-    store: FeatureStore,
-    source: StoreSource,
-    key: str,
-    method: Embedder,
-    prototypes: Prototypes | None,
-    name: str,
-    facts: dict[str, Any],
-    replace: bool,
-) -> tuple[Outcome, Any]:
-    slide = store.slide(key)
-    lacking = [encoder for encoder in source.encoders if not has_features(slide, encoder)]
-    if lacking or source.n_good(key) == 0:
-        return "left out", LeftOut(key, f"no features of {lacking[0]}" if lacking else "no tiles")
-    _check_weights(slide, facts["features"])
-    try:
-        if check_embedding(slide, name, facts):
-            return "there already", key
-    except EncoderChangedError:
-        if not replace:
-            raise
-    with Lease(store.root / ".locks", key), torch.inference_mode():
-        stored = rows_of(source, key)
-        rows, centres = method.rows(stored, prototypes), method.centres(next(iter(stored)), prototypes)
-        parts = {part: value.numpy() for part, value in method.slide(rows, centres).items()}
-        write_embedding(store, slide, name, facts, parts, replace=replace)
-    return "done", key
-
-
-def _check_weights(slide: SlideStore, features: dict[str, Any]) -> None:
-    for encoder, weights in zip(features["encoder"], features["weights_sha256"], strict=True):
-        found = slide.features(encoder).manifest["encoder"].get("weights_sha256")
-        if found != weights:
-            raise EncoderChangedError(
-                f"{slide.path}: features of {encoder} were made with other weights than those of the other slides; extract "
-                f"the slide again"
-            )

@@ -17,7 +17,7 @@ from mil.bag import Bag
 from mil.cohort import LeftOut, SlideNames
 from mil.models.base import Bags
 from mil.prototypes.rows import Rows, StoredRows, TensorRows
-from mil.sources import BagSource, CachedSource, StoreSource, has_features
+from mil.sources import BagSource, CachedSource, StoreSource
 from mil.table import SlideTable
 from wsi.errors import BadFeaturesError, UsageError
 
@@ -95,10 +95,8 @@ class SlideSet:
                     wanted[key] = row[site] if site is not None else ""
         kept = {}
         for key, where in wanted.items():
-            if not has_features(store.slide(key), encoder):
-                left_out.append(LeftOut(key, f"no features of {encoder}"))
-            elif source.n_good(key) == 0:
-                left_out.append(LeftOut(key, "no tiles"))
+            if reason := source.lacks(key):
+                left_out.append(LeftOut(key, reason))
             else:
                 kept[key] = where
         return cls(source, tuple(kept), tuple(kept.values()) if has_sites else None, tuple(left_out))

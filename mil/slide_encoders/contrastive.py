@@ -31,7 +31,7 @@ from mil.slide_encoders.cobra import COBRA
 from mil.slide_encoders.loading import LoadedSlideEncoder, SlideEncoderRequest, load_slide_encoder, save_slide_encoder
 from mil.slide_encoders.madeleine import info_nce
 from mil.slide_encoders.zoo import SlideEncoderSpec, TileFeatures
-from mil.sources import BagSource, CachedSource, StoreSource, has_features
+from mil.sources import BagSource, CachedSource, StoreSource
 from mil.train import pick_device
 from wsi._files import write_atomically
 from wsi.errors import CohortError, RunMismatchError, UsageError
@@ -336,7 +336,7 @@ def _slides_of_patients(
 ) -> list[list[str]]:
     found: dict[tuple[bool, str], list[str]] = {}
     for slide in store:
-        if all(has_features(slide, *source.encoders) and source.n_good(slide.key) for source in sources):
+        if all(source.lacks(slide.key) is None for source in sources):
             owner = (True, patients[slide.key]) if slide.key in patients else (False, slide.key)
             found.setdefault(owner, []).append(slide.key)
     if len(found) < 2:
