@@ -173,7 +173,7 @@ def test_the_best_weights_by_validation_are_kept_and_training_stops_when_they_do
     member.temperature = 1.0
     losses = []
     for case in range(len(cases)):
-        p = answer_cases([member], made, cases, [case])[0]
+        p = answer_cases([member], made, cases, [case])[made.target.name][0]
         losses.append(-np.log(p[int(cases.y[case])]))
     assert np.mean(losses) < 2  # it is a model of the run, not of its last, overfitted epoch
 
@@ -199,7 +199,8 @@ def test_answers_of_a_patient_are_the_mean_over_slides_and_members() -> None:
         for member in trained.members
         for bag in cases.bags_of([case])
     ]
-    np.testing.assert_allclose(answer_cases(trained.members, made, cases, [case])[0], np.mean(each, axis=0))
+    (answers,) = answer_cases(trained.members, made, cases, [case]).values()
+    np.testing.assert_allclose(answers[0], np.mean(each, axis=0))
 
 
 @pytest.mark.parametrize(
