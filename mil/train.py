@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from features.training import DivergedError, cosine_schedule, follow, half_precision, parameter_groups
+from features.training import cosine_schedule, follow, half_precision, parameter_groups
 from mil.bag import Bag, Batch, collate
 from mil.calibration import fit_temperature
 from mil.cohort import Cases, Cohort
@@ -24,7 +24,7 @@ from mil.objective import fit_joint
 from mil.predictions import Predictions
 from mil.splits import Fold, validation_parts
 from mil.target import Task
-from wsi.errors import DeviceError
+from wsi.errors import DeviceError, DivergedError
 
 __all__ = [
     "Epoch",

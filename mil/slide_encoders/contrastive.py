@@ -34,7 +34,7 @@ from mil.slide_encoders.zoo import SlideEncoderSpec, TileFeatures
 from mil.sources import BagSource, CachedSource, StoreSource
 from mil.train import pick_device
 from wsi._files import write_atomically
-from wsi.errors import CohortError, RunMismatchError, UsageError
+from wsi.errors import CohortError, DivergedError, RunMismatchError, UsageError
 
 __all__ = ["SlideTrainConfig", "TrainingEpoch", "train_slide_encoder"]
 
@@ -238,7 +238,7 @@ def _trained(
                         k1, k2 = key(one), key(other)
                 loss = _loss(q1, k2, config.temperature) + _loss(q2, k1, config.temperature)
                 if not torch.isfinite(loss):
-                    raise UsageError(f"the loss is {loss.item()} in epoch {epoch + 1}: training diverged; lower lr")
+                    raise DivergedError(f"the loss is {loss.item()} in epoch {epoch + 1}: training diverged; lower lr")
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.step(optimizer)

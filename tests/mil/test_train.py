@@ -27,6 +27,8 @@ from tests.mil.made_up import DIM, QUICK, arrays, bag_of, cohort, stored_cohort
 from wsi.errors import (
     CohortError,
     DeviceError,
+    DivergedError,
+    DivergedError,
     ModelMismatchError,
     NotExtractedError,
     RunMismatchError,
@@ -365,7 +367,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is_read() -> None:
         cross_validate(cohort(24), replace(QUICK, model="abmill"))
     with pytest.raises(UsageError, match="the loss cox is not for a binary target"):
         cross_validate(cohort(24), replace(QUICK, loss="cox"))
-    with pytest.raises(UsageError, match="training diverged; lower lr"):
+    with pytest.raises(DivergedError, match="training diverged; lower lr"):
         cross_validate(cohort(24), replace(QUICK, lr=1e30))
     with pytest.raises(CohortError, match="no event in a training part"):
         bags = arrays(12)[0]
