@@ -28,7 +28,6 @@ from wsi.errors import (
     CohortError,
     DeviceError,
     DivergedError,
-    DivergedError,
     ModelMismatchError,
     NotExtractedError,
     RunMismatchError,
