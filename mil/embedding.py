@@ -14,7 +14,7 @@ from mil.cohort import LeftOut
 from mil.sources import StoreSource
 from wsi.errors import EncoderChangedError, StoreError
 
-__all__ = ["EmbedReport", "Embedding", "Failure", "Outcome", "embed_store"]
+__all__ = ["EmbedReport", "Embedding", "Failure", "Outcome", "embed_store", "usual_name"]
 
 Outcome = Literal["done", "there already", "left out", "failed"]
 
@@ -60,6 +60,11 @@ class Embedding:
     facts: Mapping[str, Any]
     parts: Callable[[str], Mapping[str, NDArray[np.float32]]]
     replace: bool = False
+
+
+def usual_name(method: str, sources: Sequence[StoreSource]) -> str:
+    """What vectors are called unless a name is given, such as ``panther-uni2-h``: a method of two encoders' tiles makes two."""
+    return f"{method}-{'+'.join(name for source in sources for name in source.facts['encoder'])}"
 
 
 def embed_store(

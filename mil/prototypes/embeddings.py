@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from features.embedding import SlideEmbedding
 from features.store import FeatureStore
-from mil.embedding import Embedding, EmbedReport, Outcome, embed_store
+from mil.embedding import Embedding, EmbedReport, Outcome, embed_store, usual_name
 from mil.prototypes.embedder import Embedder
 from mil.prototypes.embedders import build_embedder
 from mil.prototypes.prototypes import Prototypes
@@ -41,7 +41,7 @@ def embed_slides(
         prototypes: what tiles are measured against; None for methods that need none.
         method: a name of ``EMBEDDERS``, with its defaults, or a method with its hyper-parameters.
         encoder: whose features; by default that of the prototypes, or the only one that the store has.
-        name: of the embedding; by default that of the method.
+        name: of the embedding; by default method and encoder, such as ``panther-uni2-h``.
         replace: make anew what was made otherwise.
         done: is told each slide, by its key, and what became of it.
 
@@ -64,7 +64,7 @@ def embed_slides(
         prototypes.check(source.facts, where=str(store.root))
         facts["prototypes"] = prototypes.digest
     facts = json.loads(json.dumps(facts))  # as it will read back
-    name = name or method.name
+    name = name or usual_name(method.name, [source])
 
     @torch.inference_mode()
     def parts(key: str) -> dict[str, NDArray[np.float32]]:
@@ -99,18 +99,21 @@ class Embeddings:
 
     @classmethod
     def from_store(
-        cls, store: FeatureStore | str | Path, name: str = "panther", *, slides: Sequence[str] | None = None
+        cls, store: FeatureStore | str | Path, name: str | None = None, *, slides: Sequence[str] | None = None
     ) -> "Embeddings":
-        """The embeddings of this name.
+        """The embeddings of this name, such as ``panther-uni2-h``.
 
         Args:
+            name: may be left out where the store has one.
             slides: which, by key, relative path, file name or stem; by default all that have one.
 
         Raises:
             NotExtractedError: there are none, or a slide that was named has none.
+            UsageError: no name, and there are several.
             RunMismatchError: they were not all made of the same.
         """
         store = store if isinstance(store, FeatureStore) else FeatureStore(store)
+        name = name or _only_name(store)
         keys = store.keys if slides is None else tuple(sorted({store.key_of(slide) for slide in slides}))
         found: dict[str, SlideEmbedding] = {}
         for key in keys:
@@ -118,10 +121,9 @@ class Embeddings:
             if slides is not None or slide.embedding_path(name).exists():
                 found[key] = slide.embedding(name)
         if not found:
-            there = sorted({each for slide in store for each in slide.embeddings})
             raise NotExtractedError(
-                f"{store.root}: no slide has an embedding {name!r} (there are: {', '.join(there) or 'none yet'}); make it "
-                f"with wsi prototypes embed"
+                f"{store.root}: no slide has an embedding {name!r} (there are: {', '.join(_names(store)) or 'none yet'}); "
+                f"make it with wsi prototypes embed"
             )
         first = next(iter(found.values()))
         for key, each in found.items():
@@ -149,3 +151,16 @@ class Embeddings:
 
     def __repr__(self) -> str:
         return f"<Embeddings {self.name}: {len(self)} slides × {self.matrix.shape[1]}>"
+
+
+def _names(store: FeatureStore) -> list[str]:
+    return sorted({each.name for each in store.embeddings})
+
+
+def _only_name(store: FeatureStore) -> str:
+    there = _names(store)
+    if not there:
+        raise NotExtractedError(f"{store.root}: holds no embeddings yet; make them with wsi prototypes embed")
+    if len(there) > 1:
+        raise UsageError(f"{store.root}: holds embeddings {', '.join(there)}; say which (wsi search: --embedding)")
+    return there[0]

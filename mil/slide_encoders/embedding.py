@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from features.store import FeatureStore
 from mil.bag import Bag
-from mil.embedding import Embedding, EmbedReport, Outcome, embed_store
+from mil.embedding import Embedding, EmbedReport, Outcome, embed_store, usual_name
 from mil.slide_encoders.cobra import COBRA
 from mil.slide_encoders.loading import LoadedSlideEncoder
 from mil.sources import StoreSource, encoder_of
@@ -28,7 +28,7 @@ class EncodeOptions:
     Attributes:
         encoder: whose features; by default the only one that the store has.
         average: COBRA only: weights from ``encoder``'s features, the mean of those of this one.
-        name: of the vectors in the store; by default the slide encoder's.
+        name: of the vectors in the store; by default slide encoder and tile encoder, such as ``cobra-uni``.
         replace: make anew what was made otherwise.
     """
 
@@ -71,7 +71,7 @@ def encode_slides(
         "features": [dict(source.facts) for source in sources],
     }  # fmt: skip
     facts = json.loads(json.dumps(facts))  # as it will read back
-    name = options.name or loaded.spec.name
+    name = options.name or usual_name(loaded.spec.name, sources)
 
     def parts(key: str) -> dict[str, NDArray[np.float32]]:
         return {"vector": _vector(loaded, [source.read(key) for source in sources], width)}

@@ -33,11 +33,11 @@ def test_prototypes_are_fitted_and_every_slide_gets_its_vector(call: Any, out: P
     assert (fitted.k, fitted.provenance["seed"], fitted.provenance["n_slides"]) == (3, 4, 8)
     code, said, _ = call("embed", out, "--prototypes", made)
     assert code == 0
-    assert "panther: 8 slides embedded, 0 there already" in said
+    assert "panther-made-up: 8 slides embedded, 0 there already" in said
     assert Embeddings.from_store(out).part("importance").shape == (8, 3)
     code, said, _ = call("embed", out, "--prototypes", made)
     assert code == 0
-    assert "panther: 0 slides embedded, 8 there already" in said
+    assert "panther-made-up: 0 slides embedded, 8 there already" in said
 
 
 def test_only_slides_of_the_table_are_fitted_on(call: Any, out: Path, tmp_path: Path) -> None:
@@ -87,15 +87,32 @@ def test_slides_that_fail_are_named_and_counted(call: Any, out: Path, tmp_path: 
     code, said, _ = call("embed", out, "--prototypes", made, "--set", "tau=1")
     assert code == 3
     assert said.count("FAILED, ENCODER_CHANGED") == 8
-    assert "panther: 1 slides embedded, 0 there already, 8 failed" in said
+    assert "panther-made-up: 1 slides embedded, 0 there already, 8 failed" in said
     assert call("embed", out, "--prototypes", made, "--set", "tau=2")[0] == 4
     assert call("embed", out, "--prototypes", made, "--set", "tau=2", "--replace")[0] == 0
-    assert FeatureStore(out).slide("t.svs").embedding("panther").facts["hyper"]["tau"] == 2
+    assert FeatureStore(out).slide("t.svs").embedding("panther-made-up").facts["hyper"]["tau"] == 2
 
 
 def test_a_method_without_prototypes_needs_none(call: Any, out: Path) -> None:
     assert call("embed", out, "--method", "mean-variance", "--name", "moments")[0] == 0
     assert FeatureStore(out).slide("s002.svs").embeddings == ("moments",)
+
+
+def test_info_says_which_vectors_a_store_holds(command: Any, call: Any, out: Path, tmp_path: Path) -> None:
+    assert "embedding" not in command("wsi", "info", out)[1]
+    assert call("fit", out, "--k", 3, "--out", tmp_path / "p.zarr")[0] == 0
+    assert call("embed", out, "--prototypes", tmp_path / "p.zarr")[0] == 0
+    write_store(out, {"x/t.svs": np.ones((5, 6), np.float32)})
+    assert call("embed", out, "--method", "mean", "--name", "m")[0] == 0
+    said = command("wsi", "info", out)[1].splitlines()
+    head, *rows = said[said.index("") + 1 :]
+    assert [column.strip() for column in head.split("  ") if column] == [
+        "slide embedding", "made by", "of features of", "numbers", "slides"
+    ]  # fmt: skip
+    assert [row.split() for row in rows] == [
+        ["m", "mean", "made-up", "6", "9"],
+        ["panther-made-up", "panther", "made-up", str(3 * (1 + 2 * 6)), "8"],
+    ]
 
 
 def test_what_can_be_drawn_without_the_slides_is_drawn_and_the_outcome_is_told(

@@ -24,11 +24,11 @@ def call(command: Any) -> Any:
 
 
 def test_the_slides_most_alike_are_named_with_their_labels(call: Any, out: Path, tmp_path: Path) -> None:
-    words = [out, "--embedding", "mean", "--query", "s003", "--top", 3, "--labels", tmp_path / "cohort.csv"]
+    words = [out, "--embedding", "mean-made-up", "--query", "s003", "--top", 3, "--labels", tmp_path / "cohort.csv"]
     code, said, _ = call(*words, "--target", "subtype")
     assert code == 0
     head, *lines = said.splitlines()
-    assert head == "s003.svs  luad, mean, cosine, exact among 12 slides:"
+    assert head == "s003.svs  luad, mean-made-up, cosine, exact among 12 slides:"
     assert [line.split()[0] for line in lines] == ["1", "2", "3"]
     assert all(line.endswith(("luad", "lusc")) for line in lines)
     assert sorted((float(line.split()[2]) for line in lines), reverse=True) == [
@@ -36,9 +36,19 @@ def test_the_slides_most_alike_are_named_with_their_labels(call: Any, out: Path,
     ]
 
 
+def test_the_only_embedding_needs_no_name_and_of_several_one_is_to_be_named(call: Any, out: Path) -> None:
+    code, said, _ = call(out, "--query", "s003")
+    assert code == 0
+    assert said.startswith("s003.svs, mean-made-up, cosine, exact among 12 slides:")
+    embed_slides(out, None, "mean-variance")
+    code, _, err = call(out, "--query", "s003")
+    assert code == 2
+    assert "mean-made-up, mean-variance-made-up; say which (wsi search: --embedding)" in err
+
+
 def test_a_search_is_judged_by_what_is_known(call: Any, out: Path, tmp_path: Path) -> None:
     labels = ["--labels", tmp_path / "cohort.csv", "--target", "subtype"]
-    code, said, _ = call(out, "--embedding", "mean", "--metric", "centred", *labels)
+    code, said, _ = call(out, "--embedding", "mean-made-up", "--metric", "centred", *labels)
     assert code == 0
     assert [line.split()[0] for line in said.splitlines()[1:5]] == ["precision@1", "precision@3", "precision@5", "mAP"]
     assert "12 slides of 9 patients asked" in said
@@ -46,7 +56,7 @@ def test_a_search_is_judged_by_what_is_known(call: Any, out: Path, tmp_path: Pat
 
 def test_a_sheet_of_slides_that_are_gone_is_drawn_and_told(call: Any, out: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "alike.png"
-    code, said, _ = call(out, "--embedding", "mean", "--query", "s003", "--top", 2, "--sheet", sheet)
+    code, said, _ = call(out, "--embedding", "mean-made-up", "--query", "s003", "--top", 2, "--sheet", sheet)
     assert code == 4
     assert said.count("drawn without its pixels") == 3
     assert sheet.stat().st_size > 0
@@ -56,12 +66,15 @@ def test_a_sheet_of_slides_that_are_gone_is_drawn_and_told(call: Any, out: Path,
     ("words", "message"),
     [
         (["OUT"], "--query SLIDE"),
-        (["OUT", "--query", "s003"], "make it with wsi prototypes embed"),
-        (["OUT", "--embedding", "mean", "--query", "slide-7"], "no slide 'slide-7'"),
-        (["OUT", "--embedding", "mean", "--query", "s003", "--target", "subtype"], "go together"),
-        (["OUT", "--embedding", "mean", "--query", "s003", "--metric", "prototypes"], "needs importance and mean"),
+        (["OUT", "--embedding", "panther", "--query", "s003"], "make it with wsi prototypes embed"),
+        (["OUT", "--embedding", "mean-made-up", "--query", "slide-7"], "no slide 'slide-7'"),
+        (["OUT", "--embedding", "mean-made-up", "--query", "s003", "--target", "subtype"], "go together"),
         (
-            ["OUT", "--embedding", "mean", "--labels", "cohort.csv", "--target", "subtype", "--sheet", "a.png"],
+            ["OUT", "--embedding", "mean-made-up", "--query", "s003", "--metric", "prototypes"],
+            "needs importance and mean",
+        ),
+        (
+            ["OUT", "--embedding", "mean-made-up", "--labels", "cohort.csv", "--target", "subtype", "--sheet", "a.png"],
             "--sheet draws",
         ),
     ],
