@@ -63,7 +63,7 @@ def logistic(
     z: NDArray[np.float64], train: NDArray[np.int64], y: NDArray[np.float64], strength: float
 ) -> NDArray[np.float64]:
     """(S, 2) probabilities of all slides from a logistic regression on those of ``train``."""
-    model = LogisticRegression(C=strength, max_iter=1000, tol=1e-3).fit(z[train], y[train])
+    model = LogisticRegression(C=strength, max_iter=10_000, tol=1e-6).fit(z[train], y[train])
     return np.asarray(model.predict_proba(z), np.float64)
 
 

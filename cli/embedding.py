@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cli.console import PatientConsole, say
 
 if TYPE_CHECKING:
-    from mil.prototypes.embeddings import EmbedReport  # would load torch for every --help
+    from mil.embedding import EmbedReport  # would load torch for every --help
 
 __all__ = ["Bar", "tell"]
 

@@ -16,7 +16,8 @@ __all__ = ["info"]
 @click.option("--slide-mpp", type=MppType(), help="Microns per pixel, where the file is silent or wrong.")
 @click.option("--properties", is_flag=True, help="Everything the file says of itself.")
 def info(path: str, slide_mpp: tuple[float, float] | None, properties: bool) -> int:
-    """Say what PATH is: a slide's size, resolution and format, or the slides and features of a store."""
+    """Say what PATH is: a slide's size, resolution and format, or the slides, features and slide embeddings of a
+    store."""
     console = PatientConsole()
     if (Path(path) / "wsi-store.json").is_file():
         _store(Path(path), console)
@@ -60,6 +61,14 @@ def _store(root: Path, console: PatientConsole) -> None:
     for slide in store:
         table.add_row(slide.relpath, str(slide.manifest["grid"]["n_tiles"]), ", ".join(slide.encoders) or "none yet")
     console.print(table, highlight=False, markup=False)
+    if store.embeddings:
+        vectors = Table(box=None, pad_edge=False)
+        for column in ("slide embedding", "made by", "of features of", "numbers", "slides"):
+            vectors.add_column(column, overflow="fold")
+        for each in store.embeddings:
+            vectors.add_row(each.name, each.made_by, " and ".join(each.encoders), str(each.size), str(each.n_slides))
+        console.print()
+        console.print(vectors, highlight=False, markup=False)
 
 
 def _print(rows: dict[str, str], console: PatientConsole) -> None:

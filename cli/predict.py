@@ -40,8 +40,8 @@ def predict(run: Path, store: Path, out: Path, table: Path | None, kind: str, de
     opened = FeatureStore(store)
     patients = None if table is None else read_patients(table, opened)
     several = len(predictor.tasks) > 1
-    for task, speaker in predictor.tasks.items():
-        answers = speaker.predict(store, patients=patients)
+    for task, answers in predictor.predict_tasks(store, patients=patients).items():
+        speaker = predictor.tasks[task]
         rows = answers.predictions
         answers.write(out / file_name(rows.target, len(predictor.tasks)))
         for i, name in enumerate(rows.names):

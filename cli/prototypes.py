@@ -98,7 +98,7 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
         raise click.UsageError(f"{out} is there already; give another --out, or delete it")
     with console.status("loading …"):  # torch alone takes seconds
         from mil.prototypes import SlideSet, draw_tiles, fit_prototypes, report_k
-        from mil.prototypes.embeddings import encoder_of
+        from mil.sources import encoder_of
 
         slides = SlideSet.from_store(store, encoder or encoder_of(store), table)
     for left in slides.left_out:
@@ -142,7 +142,7 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
     "--method", type=click.Choice(_METHODS), default="panther", show_default=True, help="How a slide is described."
 )
 @click.option("--encoder", help="Whose features.  [default: that of the prototypes, or the only one]")
-@click.option("--name", help="Name of the vectors in the store.  [default: that of the method]")
+@click.option("--name", help="Name of the vectors in the store.  [default: method and encoder, such as panther-uni2-h]")
 @click.option(
     "--set",
     "settings",
@@ -163,7 +163,7 @@ def embed(
     """Write one vector for each slide into OUT.
 
     Run it again after an interruption, or when slides have come: what is there is not made again. In Python,
-    mil.prototypes.Embeddings.from_store(OUT, "panther") reads all of them as a matrix.
+    mil.prototypes.Embeddings.from_store(OUT, "panther-uni2-h") reads all of them as a matrix.
 
     Exit code 0: every slide with features has its vector. 3: some could not be embedded; 4: none could.
 

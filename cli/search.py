@@ -12,7 +12,7 @@ __all__ = ["search"]
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
-    "--embedding", default="panther", show_default=True, help="Name of the vectors in OUT; see wsi prototypes embed."
+    "--embedding", help="Name of the vectors in OUT, as wsi prototypes embed says; may be left out where OUT has one."
 )
 @click.option("--query", metavar="SLIDE", help="Look for slides like this one: its file name, stem, path or key.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many.")
@@ -39,7 +39,7 @@ __all__ = ["search"]
 @click.option("--target", help="Column of classes in --labels: shown beside each slide; without --query, judged.")
 def search(
     store: Path,
-    embedding: str,
+    embedding: str | None,
     query: str | None,
     top: int,
     metric: str,
@@ -54,8 +54,8 @@ def search(
     asks for those of other patients, and precision@k and mAP say how often they are of its class.
 
     \b
-    wsi search OUT --embedding panther --query slide-7 --top 5 --sheet alike.png
-    wsi search OUT --embedding panther --labels cohort.csv --target subtype
+    wsi search OUT --query slide-7 --top 5 --sheet alike.png
+    wsi search OUT --embedding panther-uni2-h --labels cohort.csv --target subtype
     """
     console = PatientConsole()
     if (labels is None) != (target is None):
@@ -84,14 +84,14 @@ def search(
     if len(ready) > INDEX_SLIDES and ready.index == "exact" and index == "auto":
         say(console, f"{len(ready)} slides are compared one by one; pip install 'wsi-engine[search]' for an index")
     if query is None:
-        say(console, f"{embedding}, {metric}:\n{evaluate_search(ready, words, patients)}")
+        say(console, f"{found.name}, {metric}:\n{evaluate_search(ready, words, patients)}")
         return 0
     key = ready.key_of(query)
     hits = ready.nearest(key, top)
     width = max((len(slide_name(hit.slide)) for hit in hits), default=0)
     say(
         console,
-        f"{slide_name(key)}{_label(words, key)}, {embedding}, {metric}, {ready.index} among {len(ready)} slides:",
+        f"{slide_name(key)}{_label(words, key)}, {found.name}, {metric}, {ready.index} among {len(ready)} slides:",
     )
     for place, hit in enumerate(hits, 1):
         say(console, f"{place:>4}  {slide_name(hit.slide):{width}}  {hit.similarity:>6.3f}{_label(words, hit.slide)}")

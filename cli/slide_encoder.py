@@ -60,7 +60,7 @@ def list_() -> int:
 )  # fmt: skip
 @click.option("--encoder", help="Whose tile features; may be left out where OUT has one encoder.")
 @click.option("--average", help="COBRA: weigh tiles by --encoder's features, and take the mean of this encoder's.")
-@click.option("--name", help="Name of the vectors in the store.  [default: that of the model]")
+@click.option("--name", help="Name of the vectors in the store.  [default: model and encoder, such as cobra-uni]")
 @click.option("--replace", is_flag=True, help="Make vectors anew that are there and were made otherwise.")
 @click.option("--revision", help="Revision of the weights on the hub.")
 @click.option("--offline", is_flag=True, help="Never ask the hub; what is missing is named.")
@@ -69,7 +69,7 @@ def embed(store: Path, model: str, **values: Any) -> int:
     """Write one vector for each slide into OUT.
 
     Run it again after an interruption, or when slides have come: what is there is not made again. In Python,
-    mil.prototypes.Embeddings.from_store(OUT, "cobra") reads all of them as a matrix.
+    mil.prototypes.Embeddings.from_store(OUT, "cobra-uni") reads all of them as a matrix.
 
     Exit code 0: every slide with features has its vector. 3: some could not be embedded; 4: none could.
 

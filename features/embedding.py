@@ -1,14 +1,25 @@
 """SlideEmbedding: one vector of a whole slide in a store, in named parts."""
 
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features.arrays import open_array, read_rows
 
-__all__ = ["SlideEmbedding"]
+__all__ = ["SlideEmbedding", "StoredEmbedding"]
+
+
+class StoredEmbedding(NamedTuple):
+    """What slides of a store have under one name: made by what, of whose features, of how many numbers, and how many have it."""
+
+    name: str
+    made_by: str
+    encoders: tuple[str, ...]
+    size: int
+    n_slides: int
 
 
 class SlideEmbedding:
@@ -30,6 +41,25 @@ class SlideEmbedding:
     def facts(self) -> dict[str, Any]:
         """What decides the vector: method, its hyper-parameters, encoder, digest of the prototypes."""
         return dict(self.manifest["facts"])
+
+    @property
+    def made_by(self) -> str:
+        """The method, such as ``panther``, or the name of the slide encoder."""
+        facts = self.facts
+        return str(facts["slide_encoder"]["name"] if "slide_encoder" in facts else facts["method"])
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the encoders of whose features it was made."""
+        features = self.facts.get("features", [])
+        return tuple(
+            str(name) for each in (features if isinstance(features, list) else [features]) for name in each["encoder"]
+        )
+
+    @property
+    def size(self) -> int:
+        """E, the length of the vector."""
+        return sum(prod(shape) for shape in self.shapes.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.arrays import array_facts, check_files, manifest_of, open_array, read_rows, row_blocks
-from features.embedding import SlideEmbedding
+from features.embedding import SlideEmbedding, StoredEmbedding
 from features.keys import readable_part, safe_name, slide_key
 from wsi._files import write_atomically
 from wsi._version import __version__
@@ -167,7 +168,7 @@ class SlideStore:
         return tuple(sorted(str(manifest["name"]) for _, manifest in self._groups("embeddings")))
 
     def embedding(self, name: str) -> SlideEmbedding:
-        """The slide's vector of this name, such as ``"panther"``.
+        """The slide's vector of this name, such as ``"panther-uni2-h"``.
 
         Raises:
             NotExtractedError: it is not there.
@@ -312,6 +313,16 @@ class FeatureStore:
     def path_of(self, key: str) -> Path:
         """Where the slide of this key is, or will be."""
         return self.root / "slides" / f"{key}.zarr"
+
+    @property
+    def embeddings(self) -> tuple[StoredEmbedding, ...]:
+        """The vectors that slides have, by name; those of one name that were made differently stand apart."""
+        found = Counter(
+            (each.name, each.made_by, each.encoders, each.size)
+            for slide in self
+            for each in map(slide.embedding, slide.embeddings)
+        )
+        return tuple(StoredEmbedding(*about, n_slides) for about, n_slides in sorted(found.items()))
 
     @property
     def keys(self) -> tuple[str, ...]:

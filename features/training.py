@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from wsi.errors import UsageError
+from wsi.errors import DivergedError
 
 __all__ = ["DivergedError", "cosine_schedule", "follow", "half_precision", "parameter_groups"]
-
-
-class DivergedError(UsageError):
-    """The loss is no longer a number: the settings do not train."""
 
 
 @torch.no_grad()

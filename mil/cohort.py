@@ -1,8 +1,6 @@
 """Cohort: slides with features, whose they are, and what is known of them."""
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +23,11 @@ from mil.sources import (
     FolderSource,
     StoreSource,
     checked_bag,
+    encoder_of,
     has_features,
     pool_bags,
 )
+from mil.table import SlideTable
 from mil.target import Labels, Target, Task, infer_target, is_missing, parse_event, parse_value, with_horizons
 from wsi.discover import SLIDE_SUFFIXES
 from wsi.errors import CohortError, NotExtractedError, SlideNotFoundError, UsageError
@@ -37,9 +37,6 @@ __all__ = ["CACHE_BYTES", "Cases", "Cohort", "Fusion", "LeftOut", "SlideNames", 
 Fusion = Literal["late", "early", "none"]
 Targets = str | Labels | Sequence[str | Labels]
 CACHE_BYTES = 4 << 30
-
-_SLIDE_COLUMNS = ("slide", "slide_id", "filename", "file")
-_PATIENT_COLUMNS = ("patient", "patient_id", "case", "case_id")
 
 
 class LeftOut(NamedTuple):
@@ -175,12 +172,9 @@ class Cohort:
         chosen = parse_selection(select) if isinstance(select, str) else select
         source = StoreSource(store, _encoders(store, encoder), chosen)
         missing: dict[str, str] = {}
-        for slide in store:
-            lacking = [name for name in source.encoders if not has_features(slide, name)]
-            if lacking:
-                missing[slide.key] = f"no features of {', '.join(lacking)}"
-            elif source.n_good(slide.key) == 0:
-                missing[slide.key] = "no tiles"
+        for key in store.keys:
+            if reason := source.lacks(key):
+                missing[key] = reason
         names = SlideNames({key: readable_part(key) for key in store.keys})
         return _from_table(Path(table), _labels(target), CachedSource(source, cache_bytes), names, missing)
 
@@ -388,48 +382,21 @@ class SlideNames:
         return iter(dict.fromkeys(self._exact.values()))
 
 
-def read_rows(table: Path) -> list[dict[str, str]]:
-    """Rows of a CSV; comma, semicolon and tab are understood.
-
-    Raises:
-        CohortError: there is no such file, it is no text, or a column is named twice.
-    """
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise CohortError(f"{table}: there is no such table of labels") from error
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise CohortError(f"{table}: not a CSV in UTF-8; save it as one") from error
-    head = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
-    columns = [column.strip() for column in next(reader, [])]
-    if len(set(columns)) != len(columns):
-        raise CohortError(f"{table}: two columns have one name; rename one")
-    return [
-        {column: (row[i].strip() if i < len(row) else "") for i, column in enumerate(columns)}
-        for row in reader
-        if any(cell.strip() for cell in row)
-    ]
-
-
 def _from_table(
     table: Path, asked: tuple[Labels, ...], source: BagSource, names: SlideNames, missing: Mapping[str, str]
 ) -> Cohort:
     """Join the rows of a table with the slides that have features; ``missing`` says why some have none to use."""
-    rows = read_rows(table)
-    if not rows:
-        raise CohortError(f"{table}: has no rows; one for each slide is needed")
-    columns = list(rows[0])
+    read = SlideTable.read(table)
     slide, patient, site, split = (_common(table, asked, what) for what in ("slide", "patient", "site", "split"))
-    slide_column = _column(table, columns, slide, _SLIDE_COLUMNS, "slide")
-    patient_column = _column(table, columns, patient, _PATIENT_COLUMNS, None)
+    slide_column = read.column("slide", slide)
+    patient_column = read.usual("patient") if patient is None else read.named(patient)
     for wanted in (*(column for labels in asked for column in labels.columns), site, split):
         if wanted is not None:
-            _column(table, columns, wanted, (), wanted)
+            read.named(wanted)
     left_out: list[LeftOut] = []
     kept: dict[str, dict[str, str]] = {}
     named: set[str] = set()
-    for row in rows:
+    for row in read.rows:
         word = row[slide_column]
         try:
             key = names.find(word)
@@ -519,20 +486,6 @@ def _common(table: Path, asked: Sequence[Labels], what: str) -> str | None:
     return next(iter(said), None)
 
 
-def _column(table: Path, columns: list[str], wanted: str | None, usual: tuple[str, ...], what: str | None) -> Any:
-    """The name of a column that is there; None where it is neither named, nor usual, nor needed."""
-    if wanted is not None:
-        if wanted not in columns:
-            raise CohortError(f"{table}: has no column {wanted!r}; it has {', '.join(columns)}")
-        return wanted
-    found = next((name for name in usual if name in columns), None)
-    if found is None and what is not None:
-        raise CohortError(
-            f"{table}: has no column of slides ({', '.join(usual)}); it has {', '.join(columns)}: name the one that is"
-        )
-    return found
-
-
 def _encoders(store: FeatureStore, encoder: str | Sequence[str] | None) -> tuple[str, ...]:
     there = sorted({name for slide in store for name in slide.encoders})
     if encoder:
@@ -544,11 +497,7 @@ def _encoders(store: FeatureStore, encoder: str | Sequence[str] | None) -> tuple
                     f"run wsi extract with --encoder {name}"
                 )
         return wanted
-    if not there:
-        raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
-    if len(there) > 1:
-        raise UsageError(f"{store.root}: holds features of {', '.join(there)}; say which with --encoder")
-    return (there[0],)
+    return (encoder_of(store),)
 
 
 def _labels(target: Targets) -> tuple[Labels, ...]:

@@ -125,6 +125,14 @@ class Member(nn.Module):
         output: MILOutput = self.eval().model(self.scaling(collate([bag]).to(self.device)))
         return output.logits[0].float().cpu()
 
+    def answers(self, bag: Bag) -> dict[str, Tensor]:
+        """Calibrated answers (P,) of each task, float64, of one bag, all of its tiles, on the CPU."""
+        logits = self.every_logit(bag)[None]
+        return {
+            name: objective.answer(logits[:, self.joint.columns(name)], self.temperatures[name])[0]
+            for name, objective in self.joint.tasks.items()
+        }
+
     @torch.no_grad()
     def attention(self, bag: Bag) -> Tensor:
         """(K, N) attention over the tiles of one bag; each row sums to one."""

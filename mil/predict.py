@@ -15,15 +15,16 @@ from features.keys import readable_part
 from features.selection import selection_from_facts
 from features.store import FeatureStore, SlideStore
 from mil import explain
-from mil.cohort import LeftOut, SlideNames, read_rows
+from mil.cohort import LeftOut, SlideNames
 from mil.member import Member
 from mil.predictions import Predictions
 from mil.result import Result
-from mil.sources import BagSource, StoreSource, has_features, pool_bags
+from mil.sources import BagSource, StoreSource, pool_bags
+from mil.table import SlideTable
 from mil.train import pick_device
 from mil.uncertainty import Conformal, Doubt, doubt
 from wsi._files import write_atomically
-from wsi.errors import CohortError, NotExtractedError, RunMismatchError, SlideError
+from wsi.errors import NotExtractedError, RunMismatchError, SlideError
 from wsi.heatmap import Heatmap
 from wsi.slide import Overview, Slide
 
@@ -79,7 +80,8 @@ class Predictor:
     """The models of a finished run.
 
     A slide that took part in the training is answered only by the folds that tested it; any other by all of them. Of a
-    run with several targets it answers for the first; ``tasks`` has one for each.
+    run with several targets ``predict`` answers for the first and ``predict_tasks`` for all; ``tasks`` has a predictor for
+    each.
 
     >>> answers = Predictor.load("runs/subtype").predict("OUT")
     """
@@ -162,7 +164,20 @@ class Predictor:
         patients: Mapping[str, str] | None = None,
         done: Callable[[str], None] | None = None,
     ) -> Answers:
-        """Answers for every slide of a store, or for every patient.
+        """Answers for every slide of a store, or for every patient; of several targets, for the first.
+
+        Args, Raises: as for ``predict_tasks``.
+        """
+        return self.predict_tasks(root, patients=patients, done=done)[self.result.target.name]
+
+    def predict_tasks(
+        self,
+        root: str | Path,
+        *,
+        patients: Mapping[str, str] | None = None,
+        done: Callable[[str], None] | None = None,
+    ) -> dict[str, Answers]:
+        """Answers for each target, for every slide of a store or for every patient. Each bag is read and run once.
 
         Args:
             patients: whose each slide is, by store key (``read_patients``); several are then fused as in training.
@@ -176,9 +191,8 @@ class Predictor:
         source = self.source(store)
         left_out, cases = [], dict[str, list[str]]()
         for slide in store:
-            lacking = [name for name in source.encoders if not has_features(slide, name)]
-            if lacking or source.n_good(slide.key) == 0:
-                left_out.append(LeftOut(slide.key, f"no features of {lacking[0]}" if lacking else "no tiles"))
+            if reason := source.lacks(slide.key):
+                left_out.append(LeftOut(slide.key, reason))
             elif patients is not None and slide.key not in patients:
                 left_out.append(LeftOut(slide.key, "no patient in the table"))
             else:
@@ -188,7 +202,8 @@ class Predictor:
                 f"{store.root}: no slide can be answered ({left_out[0].reason if left_out else 'it is empty'})"
             )
         early = self.result.fusion == "early"
-        rows, models, doubts = [], [], []
+        models = []
+        answers: dict[str, list[NDArray[np.float64]]] = {name: [] for name in self.result.tasks}  # (M, P) of each case
         for name, slides in cases.items():
             used, members = self.members_for(slides)
             bags = (
@@ -196,29 +211,31 @@ class Predictor:
                 if early
                 else [source.read(each) for each in slides]
             )
-            answers = np.stack([  # (M, P)
-                torch.stack([member.answer(member.logits(bag)[None])[0] for bag in bags]).mean(0).numpy() for member in members
-            ])  # fmt: skip
-            rows.append(answers.mean(axis=0))
-            doubts.append(doubt(answers[:, None]))
+            said = [[member.answers(bag) for bag in bags] for member in members]
+            for task, found in answers.items():
+                found.append(np.stack([torch.stack([each[task] for each in of]).mean(0).numpy() for of in said]))
             models.append(used)
             if done is not None:
                 done(name)
-        target = self.result.target
-        predictions = Predictions(
-            target,
-            tuple(cases),
-            tuple(cases),
-            np.full(len(cases), np.nan),
-            np.ones(len(cases), bool),
-            np.stack(rows),
-            tuple(models),
-        )
-        if not target.is_classes:
-            return Answers(predictions, None, None, tuple(left_out))
-        sets = Conformal.fit(self.result.predictions, _ALPHA).sets(predictions.answers)
+        return {
+            task: self._answers(result, tuple(cases), tuple(models), answers[task], tuple(left_out))
+            for task, result in self.result.tasks.items()
+        }
+
+    @staticmethod
+    def _answers(
+        result: Result, names: tuple[str, ...], models: tuple[str, ...], answers: Sequence[NDArray[np.float64]],
+        left_out: tuple[LeftOut, ...],
+    ) -> Answers:  # fmt: skip
+        n = len(names)
+        rows = np.stack([each.mean(axis=0) for each in answers])
+        predictions = Predictions(result.target, names, names, np.full(n, np.nan), np.ones(n, bool), rows, models)
+        if not result.target.is_classes:
+            return Answers(predictions, None, None, left_out)
+        sets = Conformal.fit(result.predictions, _ALPHA).sets(predictions.answers)
+        doubts = [doubt(each[:, None]) for each in answers]
         together = Doubt(*(np.concatenate([each[k] for each in doubts]) for k in range(3)))
-        return Answers(predictions, together, sets, tuple(left_out))
+        return Answers(predictions, together, sets, left_out)
 
     def heatmap(self, source: StoreSource, slide: str, *, kind: str = "attention") -> Heatmap:
         """What the answering models rest on, one number a tile; ``kind`` as for ``mil.explain.heatmap``."""
@@ -228,13 +245,16 @@ class Predictor:
 def read_patients(
     table: Path, store: FeatureStore, *, slide: str | None = None, patient: str | None = None
 ) -> dict[str, str]:
-    """Whose each slide of a store is, by store key, from a CSV with columns of slides and patients."""
-    rows = read_rows(table)
+    """Whose each slide of a store is, by store key, from a CSV with columns of slides and patients.
+
+    Raises:
+        CohortError: the table cannot be used.
+    """
+    read = SlideTable.read(table)
     names = SlideNames({key: readable_part(key) for key in store.keys})
     found: dict[str, str] = {}
-    slide = slide or _usual(table, rows, ("slide", "slide_id", "filename", "file"), "slides")
-    patient = patient or _usual(table, rows, ("patient", "patient_id", "case", "case_id"), "patients")
-    for row in rows:
+    slide, patient = read.column("slide", slide), read.column("patient", patient)
+    for row in read.rows:
         key = names.find(row[slide])
         if key is not None:
             found[key] = row[patient]
@@ -249,10 +269,3 @@ def overview_of(slide: SlideStore) -> Overview | None:
             return opened.overview(max_px=_PICTURE_PX)
     except SlideError:  # a picture is drawn all the same, on white
         return None
-
-
-def _usual(table: Path, rows: list[dict[str, str]], names: tuple[str, ...], what: str) -> str:
-    for name in names:
-        if rows and name in rows[0]:
-            return name
-    raise CohortError(f"{table}: has no column of {what} ({', '.join(names)})")

@@ -1,6 +1,6 @@
 """SlideSearch: the slides of a store that are most like a slide, by their embeddings; and how often they are of its kind.
 
->>> search = SlideSearch.of(Embeddings.from_store("OUT", "panther"), "prototypes")
+>>> search = SlideSearch.of(Embeddings.from_store("OUT", "panther-uni2-h"), "prototypes")
 >>> for hit in search.nearest("slide-7", top=5):
 ...     print(hit.slide, hit.similarity)
 

@@ -25,6 +25,8 @@ __all__ = [
     "Place",
     "StoreSource",
     "checked_bag",
+    "encoder_of",
+    "has_features",
     "join_bags",
     "pool_bags",
 ]
@@ -140,6 +142,13 @@ class StoreSource:
         found = self.slide(slide)
         counts = [found.features(name).manifest for name in self.encoders]
         return min(int(m["n_tiles"]) - int(m["n_unreadable"]) - int(m["n_nonfinite"]) for m in counts)
+
+    def lacks(self, slide: str) -> str | None:
+        """Why there is no bag of a slide, in words; None where there is one."""
+        lacking = [name for name in self.encoders if not has_features(self.slide(slide), name)]
+        if lacking:
+            return f"no features of {', '.join(lacking)}"
+        return "no tiles" if self.n_good(slide) == 0 else None
 
     def _rows(self, slide: str) -> NDArray[np.int64]:
         found = self.slide(slide)
@@ -321,6 +330,22 @@ def has_features(slide: SlideStore, encoder: str) -> bool:
     except NotExtractedError:
         return False
     return True
+
+
+def encoder_of(store: FeatureStore | str | Path) -> str:
+    """The one encoder whose features a store holds.
+
+    Raises:
+        UsageError: there are several.
+        NotExtractedError: there is none.
+    """
+    store = store if isinstance(store, FeatureStore) else FeatureStore(store)
+    there = sorted({name for slide in store for name in slide.encoders})
+    if not there:
+        raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
+    if len(there) > 1:
+        raise UsageError(f"{store.root}: holds features of {', '.join(there)}; say which with --encoder")
+    return there[0]
 
 
 def stored_frame(slide: SlideStore) -> Frame:

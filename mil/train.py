@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from features.training import DivergedError, cosine_schedule, follow, half_precision, parameter_groups
+from features.training import cosine_schedule, follow, half_precision, parameter_groups
 from mil.bag import Bag, Batch, collate
 from mil.calibration import fit_temperature
 from mil.cohort import Cases, Cohort
@@ -24,7 +24,7 @@ from mil.objective import fit_joint
 from mil.predictions import Predictions
 from mil.splits import Fold, validation_parts
 from mil.target import Task
-from wsi.errors import DeviceError
+from wsi.errors import DeviceError, DivergedError
 
 __all__ = [
     "Epoch",
@@ -172,12 +172,9 @@ def train_fold(
         if config.calibrates and len(stop):
             _calibrate(member, examples, stop)
         members.append(member.cpu())
-    tasks = []
-    for task in cases.tasks:
-        speakers = [member.speaking_for(task.target.name) for member in members]
-        answers = answer_cases(speakers, cohort, cases, fold.test, device)
-        tasks.append(_predictions(task, cases, fold, answers))
-    return TrainedFold(fold, tuple(members), tuple(curve), tuple(tasks))
+    answers = answer_cases(members, cohort, cases, fold.test, device)
+    tasks = tuple(_predictions(task, cases, fold, answers[task.target.name]) for task in cases.tasks)
+    return TrainedFold(fold, tuple(members), tuple(curve), tasks)
 
 
 def train_member(
@@ -269,17 +266,18 @@ def _calibrate(member: Member, examples: Examples, stop: NDArray[np.int64]) -> N
 
 def answer_cases(
     members: Sequence[Member], cohort: Cohort, cases: Cases, which: Sequence[int], device: torch.device | str = "cpu"
-) -> NDArray[np.float64]:
-    """(len(which), P) answers: the mean over the members and over the bags of a case."""
+) -> dict[str, NDArray[np.float64]]:
+    """For each task (len(which), P) answers: the mean over the members and over the bags of a case."""
     members = [member.to(device).eval() for member in members]
-    rows = []
+    rows: dict[str, list[NDArray[np.float64]]] = {name: [] for name in members[0].joint.tasks}
     for case in which:
         of_bags = []
         for index in cases.bags_of([case]):
             bag = cohort.read(cases.bags[index])
-            of_bags += [member.answer(member.logits(bag)[None])[0] for member in members]
-        rows.append(torch.stack(of_bags).mean(0).numpy())
-    return np.stack(rows)
+            of_bags += [member.answers(bag) for member in members]
+        for name, of_task in rows.items():
+            of_task.append(torch.stack([each[name] for each in of_bags]).mean(0).numpy())
+    return {name: np.stack(of_task) for name, of_task in rows.items()}
 
 
 def fit_scaling(examples: Examples, bags: NDArray[np.int64]) -> Scaling:

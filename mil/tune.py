@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from features.training import DivergedError
 from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.metrics import primary
@@ -31,7 +30,7 @@ from mil.run import run_folds, write_table
 from mil.splits import Fold, make_folds, validation_parts
 from mil.train import Observer, TrainedFold, train_fold
 from wsi._files import write_atomically
-from wsi.errors import EnvironmentFaultError, RunMismatchError, StoreFormatError, UsageError
+from wsi.errors import DivergedError, EnvironmentFaultError, RunMismatchError, StoreFormatError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,12 +11,11 @@ from segmentation.masks import write_ome_tiff, write_ome_zarr
 from segmentation.measure import ClassSummary, summarize, write_objects_csv
 from segmentation.polygons import PolygonOptions, find_polygons
 from segmentation.segmenter import Found
-from wsi._files import write_atomically
 from wsi.annotation import Annotation
 from wsi.asap import write_asap
 from wsi.errors import UsageError
 from wsi.geojson import Frame, write_geojson
-from wsi.picture import draw_areas, jpeg_bytes
+from wsi.picture import draw_areas, write_picture
 from wsi.slide import Slide
 
 __all__ = ["FORMATS", "ResultOptions", "Results", "outlines_of", "tissue_area_mm2", "write_results"]
@@ -104,7 +103,7 @@ def write_results(
         write_objects_csv(name(".objects.csv"), annotations)
     if "picture" in options.formats:
         view = slide.overview(max_px=min(_PICTURE_PX, max(slide.size)))
-        write_atomically(name(".jpg"), jpeg_bytes(draw_areas(view, annotations)))
+        write_picture(name(".jpg"), draw_areas(view, annotations))
     areas = summarize(annotations, slide.mpp.xy, tissue_mm2=tissue_mm2) if annotations else ()
     return Results(tuple(path.name for path in files), areas, len(annotations))
 

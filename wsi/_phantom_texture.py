@@ -244,6 +244,12 @@ TISSUE_KINDS = {
         (("lymphocyte", 0.24), ("spindle", 0.12)),
     ),
     "lymphoid": TissueKind("mesh", ((0, 18), (255, 44)), ((0, 22), (255, 60)), (("lymphocyte", 0.92),)),
+    "adenoma": TissueKind(  # darker than tumour between its glands, which are paler
+        "mesh",
+        ((0, 44), (255, 72)),
+        ((0, 40), (60, 78), (255, 130)),
+        (("lymphocyte", 0.4), ("spindle", 0.2)),
+    ),
     "tumour": TissueKind(
         "mesh",
         ((0, 26), (255, 52)),

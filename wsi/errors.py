@@ -6,7 +6,8 @@
      ├── UsageError                    USAGE                what was asked makes no sense; exit code 2
      │    ├── UnknownEncoderError      MODEL_UNKNOWN
      │    ├── CohortError              BAD_COHORT
-     │    └── RunMismatchError         RUN_MISMATCH
+     │    ├── RunMismatchError         RUN_MISMATCH
+     │    └── DivergedError            DIVERGED
      ├── SlideError                    a slide cannot be used as it is
      │    ├── SlideNotFoundError       NOT_FOUND
      │    ├── EmptyFileError           EMPTY_FILE
@@ -52,6 +53,7 @@ __all__ = [
     "CohortError",
     "DeviceError",
     "DiskFullError",
+    "DivergedError",
     "EmptyFileError",
     "EncoderChangedError",
     "EnvironmentFaultError",
@@ -301,6 +303,12 @@ class RunMismatchError(UsageError):
     """A trained run does not fit what it is applied to: another encoder, cohort or configuration."""
 
     code = "RUN_MISMATCH"
+
+
+class DivergedError(UsageError):
+    """The loss is no longer a number: the settings do not train."""
+
+    code = "DIVERGED"
 
 
 class BadFeaturesError(StoreError):

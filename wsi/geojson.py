@@ -43,6 +43,7 @@ __all__ = [
     "Rejection",
     "Repair",
     "WriteReport",
+    "is_geojson",
     "parse_features",
     "read_geojson",
     "stated_frame",
@@ -156,6 +157,11 @@ class ParsedFeatures(NamedTuple):
 # Writing
 
 
+def is_geojson(path: Path) -> bool:
+    """Whether QuPath would open a file of this name: ``.geojson`` or ``.json``, perhaps with ``.gz`` behind it."""
+    return _FILE_NAME.fullmatch(path.name) is not None
+
+
 def write_geojson(path: str | os.PathLike[str], annotations: Iterable[Annotation], frame: Frame) -> WriteReport:
     """Write annotations as one FeatureCollection that QuPath imports at the right place.
 
@@ -172,7 +178,7 @@ def write_geojson(path: str | os.PathLike[str], annotations: Iterable[Annotation
         UsageError: a name that QuPath would not open.
     """
     path = Path(path)
-    if not _FILE_NAME.fullmatch(path.name):
+    if not is_geojson(path):
         raise UsageError(f"{path}: QuPath opens .geojson and .json, and either with .gz behind it; choose such a name")
     repaired: list[Repair] = []
     dropped: list[Rejection] = []

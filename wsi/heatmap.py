@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from wsi._files import write_atomically
 from wsi.annotation import Annotation
 from wsi.errors import UsageError
-from wsi.geojson import Frame, write_geojson
+from wsi.geojson import Frame, is_geojson, write_geojson
 from wsi.grid import TileGrid
+from wsi.picture import PICTURE_SUFFIXES, canvas, write_picture
 from wsi.readers.base import Pixels
 from wsi.slide import Overview
 
 __all__ = ["Heatmap"]
 
-_PICTURE_PX = 2048
 _MAX_RASTER_PX = 1 << 26
 _OPACITY = 0.55
 _TOP_SHARE = 0.1  # of the tiles: what a saved GeoJSON outlines as a region
@@ -114,12 +114,7 @@ class Heatmap:
             limits: the values that are darkest and brightest; by default those that one tile in a hundred lies below and
                 above, so that a single extreme tile does not make all others look alike.
         """
-        if view is None:
-            factor = max(1.0, max(self.frame.size) / _PICTURE_PX)
-            width, height = (max(1, round(length / factor)) for length in self.frame.size)
-            image: Pixels = np.full((height, width, 3), 255, np.uint8)
-        else:
-            image = view.image.copy()
+        image = canvas(view, self.frame.size)
         values = self._raster(np.array(image.shape[1::-1]))
         drawn = ~np.isnan(values)
         if not drawn.any():
@@ -203,15 +198,14 @@ class Heatmap:
             UsageError: another suffix.
         """
         path = Path(path)
-        match [suffix.lower() for suffix in path.suffixes[-2:]]:
-            case [*_, ".geojson" | ".json"] | [".geojson" | ".json", ".gz"]:
-                write_geojson(path, self.annotations(), self.frame)
-            case [*_, (".png" | ".jpg" | ".jpeg") as suffix]:
-                write_atomically(path, _encoded(self.picture(view), "PNG" if suffix == ".png" else "JPEG"))
-            case [*_, ".csv"]:
-                write_atomically(path, self._table().encode())
-            case _:
-                raise UsageError(f"{path}: a heatmap is saved as .geojson, .geojson.gz, .png, .jpg or .csv")
+        if is_geojson(path):
+            write_geojson(path, self.annotations(), self.frame)
+        elif path.suffix.lower() == ".csv":
+            write_atomically(path, self._table().encode())
+        elif path.suffix.lower() in PICTURE_SUFFIXES:
+            write_picture(path, self.picture(view))
+        else:
+            raise UsageError(f"{path}: a heatmap is saved as .geojson, .geojson.gz, .png, .jpg or .csv")
         return path
 
     def _table(self) -> str:
@@ -251,11 +245,3 @@ def _with_scale(image: Pixels, low: float, high: float) -> Pixels:
         at = (left + bar_w - text_w if right else left, height - text_px // 2 - 2)
         cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
     return image
-
-
-def _encoded(image: Pixels, kind: str) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
-    return buffer.getvalue()

@@ -90,6 +90,8 @@ class PhantomSpec:
         n_pieces: pieces of tissue; 0 makes a slide of glass.
         tissue_fraction: share of the slide under tissue, holes included; above 0.5 several pieces may lack the room.
         tumour: share of every piece that is tumour, holes included.
+        adenoma: likewise a benign mass: from afar in the colours of tumour, near by with the glands of mucosa. Tumour lies
+            over it.
         n_holes: tears in the tissue.
         pen: one stroke of a marker for each colour.
         blur: whether a part of the tissue is out of focus.
@@ -106,6 +108,7 @@ class PhantomSpec:
     n_pieces: int = 1
     tissue_fraction: float = 0.4
     tumour: float = 0.0
+    adenoma: float = 0.0
     n_holes: int = 0
     pen: tuple[PenColour, ...] = ()
     blur: bool = False
@@ -120,6 +123,7 @@ class PhantomSpec:
             (0 <= self.n_pieces <= 64, f"n_pieces {self.n_pieces} is not within 0 to 64"),
             (0 < self.tissue_fraction <= 0.6, f"tissue_fraction {self.tissue_fraction} is not within 0 to 0.6"),
             (0 <= self.tumour <= 1, f"tumour {self.tumour} is not within 0 to 1"),
+            (0 <= self.adenoma <= 1, f"adenoma {self.adenoma} is not within 0 to 1"),
             (0 <= self.n_holes <= 64, f"n_holes {self.n_holes} is not within 0 to 64"),
             (set(self.pen) <= set(_PEN_RGB), f"pen {self.pen}: the colours are {', '.join(_PEN_RGB)}"),
             (
@@ -196,13 +200,18 @@ def _lay_out(spec: PhantomSpec) -> _Layout:
     outlines = _outlines(spec, rng("outlines"))
     holes = shapely.union_all(_holes(spec, rng("holes"), outlines))
     tissue = _multi(shapely.union_all(outlines).difference(holes))
-    layers, masses = rng("layers"), rng("tumour")
-    found = [_layers(layers, outline, spec.mpp) | {"tumour": _tumour(masses, outline, spec)} for outline in outlines]
+    layers, masses, benign = rng("layers"), rng("tumour"), rng("adenoma")
+    found = [
+        _layers(layers, outline, spec.mpp)
+        | {"tumour": _mass(masses, outline, spec.tumour, spec), "adenoma": _mass(benign, outline, spec.adenoma, spec)}
+        for outline in outlines
+    ]
     regions = {"submucosa": tissue}
     for kind in list(TISSUE_KINDS)[1:]:
         regions[kind] = _multi(shapely.union_all([layer[kind] for layer in found if kind in layer]).difference(holes))
 
-    crypts = _multi(regions["mucosa"].difference(shapely.union_all([regions["lymphoid"], regions["tumour"]])))
+    glandular = shapely.union_all([regions["mucosa"].difference(regions["lymphoid"]), regions["adenoma"]])
+    crypts = _multi(glandular.difference(regions["tumour"]))
     sprites = textures(spec.mpp).glands
     packed = [
         _packed(rng("benign"), crypts, sprites["benign"], 52 / spec.mpp),
@@ -280,15 +289,15 @@ def _holes(spec: PhantomSpec, rng: np.random.Generator, outlines: list[Polygon])
     return holes
 
 
-def _tumour(rng: np.random.Generator, outline: Polygon, spec: PhantomSpec) -> shapely.Geometry:
+def _mass(rng: np.random.Generator, outline: Polygon, share: float, spec: PhantomSpec) -> shapely.Geometry:
     """Return a mass that takes up its share of a piece; its size is found by bisection."""
-    if spec.tumour == 0:
+    if share == 0:
         return Polygon()
     unit, centre = blob(rng, 360, 0.7, 1.7), _random_point(rng, outline)
     low, high = 0.0, 8.0 * math.hypot(spec.width, spec.height)
     for _ in range(32):
         middle = (low + high) / 2
-        small = outline.intersection(_polygon(unit, centre, middle)).area < spec.tumour * outline.area
+        small = outline.intersection(_polygon(unit, centre, middle)).area < share * outline.area
         low, high = (middle, high) if small else (low, middle)
     return outline.intersection(_polygon(unit, centre, high))
 
@@ -425,7 +434,7 @@ class Phantom:
     def kinds(self) -> dict[str, MultiPolygon]:
         """Where each kind of tissue is to be seen, by name, in level-0 pixels: none overlap, and together they are ``tissue``.
 
-        ``"submucosa"``, ``"muscle"``, ``"fat"``, ``"mucosa"``, ``"lymphoid"`` and ``"tumour"``, those that there are.
+        ``"submucosa"``, ``"muscle"``, ``"fat"``, ``"mucosa"``, ``"lymphoid"``, ``"adenoma"`` and ``"tumour"``, those that there are.
         """
         seen, above = {}, MultiPolygon()
         for kind, region in reversed(self._layout.regions.items()):

@@ -2,21 +2,26 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 import shapely
 
+from wsi._files import write_atomically
 from wsi.annotation import Annotation, class_color
 from wsi.grid import TileGrid
 from wsi.readers.base import Pixels
 from wsi.slide import Overview
 
-__all__ = ["draw_areas", "draw_overview", "jpeg_bytes", "png_bytes"]
+__all__ = ["PICTURE_SUFFIXES", "canvas", "draw_areas", "draw_overview", "jpeg_bytes", "write_picture"]
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 _OUTLINE = (20, 130, 60)
 _TILE = (30, 80, 200)
 _VEIL = 0.3  # of a class's colour over its areas
+_CANVAS_PX = 2048
 _SHIFT = 4  # cv2 draws at sixteenths of a pixel
 
 
@@ -85,8 +90,21 @@ def jpeg_bytes(image: Pixels, *, quality: int = 88) -> bytes:
     return buffer.getvalue()
 
 
-def png_bytes(image: Pixels) -> bytes:
-    """The picture as a PNG file."""
+def write_picture(path: Path, image: Pixels) -> None:
+    """Write the picture, whole or not at all, as what the suffix says, one of ``PICTURE_SUFFIXES``."""
+    write_atomically(path, _png_bytes(image) if path.suffix.lower() == ".png" else jpeg_bytes(image))
+
+
+def canvas(view: Overview | None, size: tuple[int, int]) -> Pixels:
+    """(H, W, 3) uint8 to draw on: a copy of the overview, or without one white in the shape of a slide of this size."""
+    if view is not None:
+        return view.image.copy()
+    factor = max(1.0, max(size) / _CANVAS_PX)
+    width, height = (max(1, round(length / factor)) for length in size)
+    return np.full((height, width, 3), 255, np.uint8)
+
+
+def _png_bytes(image: Pixels) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -10,11 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mil.embedding import EmbedReport
     from mil.prototypes.choice import KReport, report_k
     from mil.prototypes.counts import ProtoCounts
     from mil.prototypes.embedder import Embedder, SlideVectors
     from mil.prototypes.embedders import EMBEDDERS, build_embedder
-    from mil.prototypes.embeddings import Embeddings, EmbedReport, embed_slides
+    from mil.prototypes.embeddings import Embeddings, embed_slides
     from mil.prototypes.fitting import fit_prototypes
     from mil.prototypes.h2t import H2T
     from mil.prototypes.maps import PrototypeMap, map_slide
@@ -64,7 +65,8 @@ _HOME = {
     "ProtoCounts": "mil.prototypes.counts",
     **dict.fromkeys(("Embedder", "SlideVectors"), "mil.prototypes.embedder"),
     **dict.fromkeys(("EMBEDDERS", "build_embedder"), "mil.prototypes.embedders"),
-    **dict.fromkeys(("EmbedReport", "Embeddings", "embed_slides"), "mil.prototypes.embeddings"),
+    "EmbedReport": "mil.embedding",
+    **dict.fromkeys(("Embeddings", "embed_slides"), "mil.prototypes.embeddings"),
     "fit_prototypes": "mil.prototypes.fitting",
     "H2T": "mil.prototypes.h2t",
     **dict.fromkeys(("Mean", "MeanVariance"), "mil.prototypes.moments"),

@@ -4,53 +4,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from features.embedding import SlideEmbedding
-from features.lease import Lease
-from features.store import FeatureStore, SlideStore
-from features.writing import check_embedding, write_embedding
-from mil.cohort import LeftOut
+from features.store import FeatureStore
+from mil.embedding import Embedding, EmbedReport, Outcome, embed_store, usual_name
 from mil.prototypes.embedder import Embedder
 from mil.prototypes.embedders import build_embedder
 from mil.prototypes.prototypes import Prototypes
 from mil.prototypes.tiles import rows_of
-from mil.sources import StoreSource, has_features
-from wsi.errors import EncoderChangedError, NotExtractedError, RunMismatchError, StoreError, UsageError
+from mil.sources import StoreSource, encoder_of
+from wsi.errors import NotExtractedError, RunMismatchError, UsageError
 
-__all__ = ["EmbedReport", "Embeddings", "Failure", "Outcome", "embed_slides", "encoder_of"]
-
-Outcome = Literal["done", "there already", "left out", "failed"]
-
-
-class Failure(NamedTuple):
-    """A slide that could not be embedded: its key, the stable code of the error, and what it said."""
-
-    slide: str
-    code: str
-    message: str
-
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What became of a store's slides.
-
-    Attributes:
-        name: of the embedding.
-        done, skipped: keys of slides embedded now, and of those that were already.
-        left_out: slides without tiles of the encoder, and why.
-        failed: slides that should have been embedded.
-    """
-
-    name: str
-    done: tuple[str, ...]
-    skipped: tuple[str, ...]
-    left_out: tuple[LeftOut, ...]
-    failed: tuple[Failure, ...]
+__all__ = ["Embeddings", "embed_slides"]
 
 
 def embed_slides(
@@ -71,7 +41,7 @@ def embed_slides(
         prototypes: what tiles are measured against; None for methods that need none.
         method: a name of ``EMBEDDERS``, with its defaults, or a method with its hyper-parameters.
         encoder: whose features; by default that of the prototypes, or the only one that the store has.
-        name: of the embedding; by default that of the method.
+        name: of the embedding; by default method and encoder, such as ``panther-uni2-h``.
         replace: make anew what was made otherwise.
         done: is told each slide, by its key, and what became of it.
 
@@ -94,33 +64,15 @@ def embed_slides(
         prototypes.check(source.facts, where=str(store.root))
         facts["prototypes"] = prototypes.digest
     facts = json.loads(json.dumps(facts))  # as it will read back
-    name = name or method.name
-    lists: dict[Outcome, list[Any]] = {"done": [], "there already": [], "left out": [], "failed": []}
-    for key in store.keys:
-        try:
-            outcome, entry = _embed_slide(store, source, key, method, prototypes, name, facts, replace)
-        except StoreError as error:
-            outcome, entry = "failed", Failure(key, error.code, str(error))
-        lists[outcome].append(entry)
-        if done is not None:
-            done(key, outcome)
-    return EmbedReport(name, *(tuple(entries) for entries in lists.values()))
+    name = name or usual_name(method.name, [source])
 
+    @torch.inference_mode()
+    def parts(key: str) -> dict[str, NDArray[np.float32]]:
+        stored = rows_of(source, key)
+        rows, centres = method.rows(stored, prototypes), method.centres(next(iter(stored)), prototypes)
+        return {part: value.numpy() for part, value in method.slide(rows, centres).items()}
 
-def encoder_of(store: FeatureStore | str | Path) -> str:
-    """The one encoder whose features a store holds.
-
-    Raises:
-        UsageError: there are several.
-        NotExtractedError: there is none.
-    """
-    store = store if isinstance(store, FeatureStore) else FeatureStore(store)
-    there = sorted({name for slide in store for name in slide.encoders})
-    if not there:
-        raise NotExtractedError(f"{store.root}: holds no features yet; run wsi extract with --encoder")
-    if len(there) > 1:
-        raise UsageError(f"{store.root}: holds features of {', '.join(there)}; say which with --encoder")
-    return there[0]
+    return embed_store([source], Embedding(name, facts, parts, replace), done)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,18 +99,21 @@ class Embeddings:
 
     @classmethod
     def from_store(
-        cls, store: FeatureStore | str | Path, name: str = "panther", *, slides: Sequence[str] | None = None
+        cls, store: FeatureStore | str | Path, name: str | None = None, *, slides: Sequence[str] | None = None
     ) -> "Embeddings":
-        """The embeddings of this name.
+        """The embeddings of this name, such as ``panther-uni2-h``.
 
         Args:
+            name: may be left out where the store has one.
             slides: which, by key, relative path, file name or stem; by default all that have one.
 
         Raises:
             NotExtractedError: there are none, or a slide that was named has none.
+            UsageError: no name, and there are several.
             RunMismatchError: they were not all made of the same.
         """
         store = store if isinstance(store, FeatureStore) else FeatureStore(store)
+        name = name or _only_name(store)
         keys = store.keys if slides is None else tuple(sorted({store.key_of(slide) for slide in slides}))
         found: dict[str, SlideEmbedding] = {}
         for key in keys:
@@ -166,10 +121,9 @@ class Embeddings:
             if slides is not None or slide.embedding_path(name).exists():
                 found[key] = slide.embedding(name)
         if not found:
-            there = sorted({each for slide in store for each in slide.embeddings})
             raise NotExtractedError(
-                f"{store.root}: no slide has an embedding {name!r} (there are: {', '.join(there) or 'none yet'}); make it "
-                f"with wsi prototypes embed"
+                f"{store.root}: no slide has an embedding {name!r} (there are: {', '.join(_names(store)) or 'none yet'}); "
+                f"make it with wsi prototypes embed"
             )
         first = next(iter(found.values()))
         for key, each in found.items():
@@ -199,40 +153,14 @@ class Embeddings:
         return f"<Embeddings {self.name}: {len(self)} slides × {self.matrix.shape[1]}>"
 
 
-def _embed_slide(
-    store: FeatureStore,
-    source: StoreSource,
-    key: str,
-    method: Embedder,
-    prototypes: Prototypes | None,
-    name: str,
-    facts: dict[str, Any],
-    replace: bool,
-) -> tuple[Outcome, Any]:
-    slide = store.slide(key)
-    lacking = [encoder for encoder in source.encoders if not has_features(slide, encoder)]
-    if lacking or source.n_good(key) == 0:
-        return "left out", LeftOut(key, f"no features of {lacking[0]}" if lacking else "no tiles")
-    _check_weights(slide, facts["features"])
-    try:
-        if check_embedding(slide, name, facts):
-            return "there already", key
-    except EncoderChangedError:
-        if not replace:
-            raise
-    with Lease(store.root / ".locks", key), torch.inference_mode():
-        stored = rows_of(source, key)
-        rows, centres = method.rows(stored, prototypes), method.centres(next(iter(stored)), prototypes)
-        parts = {part: value.numpy() for part, value in method.slide(rows, centres).items()}
-        write_embedding(store, slide, name, facts, parts, replace=replace)
-    return "done", key
+def _names(store: FeatureStore) -> list[str]:
+    return sorted({each.name for each in store.embeddings})
 
 
-def _check_weights(slide: SlideStore, features: dict[str, Any]) -> None:
-    for encoder, weights in zip(features["encoder"], features["weights_sha256"], strict=True):
-        found = slide.features(encoder).manifest["encoder"].get("weights_sha256")
-        if found != weights:
-            raise EncoderChangedError(
-                f"{slide.path}: features of {encoder} were made with other weights than those of the other slides; extract "
-                f"the slide again"
-            )
+def _only_name(store: FeatureStore) -> str:
+    there = _names(store)
+    if not there:
+        raise NotExtractedError(f"{store.root}: holds no embeddings yet; make them with wsi prototypes embed")
+    if len(there) > 1:
+        raise UsageError(f"{store.root}: holds embeddings {', '.join(there)}; say which (wsi search: --embedding)")
+    return there[0]

@@ -13,20 +13,18 @@ from mil.prototypes.palette import prototype_color, prototype_name
 from mil.prototypes.prototypes import Prototypes
 from mil.prototypes.survey import assigned_tiles
 from mil.sources import BagSource
-from wsi._files import write_atomically
 from wsi.annotation import Annotation
 from wsi.errors import UsageError
-from wsi.geojson import Frame, write_geojson
+from wsi.geojson import Frame, is_geojson, write_geojson
 from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap
-from wsi.picture import jpeg_bytes, png_bytes
+from wsi.picture import PICTURE_SUFFIXES, canvas, write_picture
 from wsi.readers.base import Pixels
 from wsi.slide import Overview
 
 __all__ = ["PrototypeMap", "map_slide"]
 
 _OPACITY = 0.6
-_PICTURE_PX = 2048
 _SMALLEST_PX = 512  # a legend is not readable beside less
 
 
@@ -83,12 +81,7 @@ class PrototypeMap:
         Args:
             view: the slide's overview (``Slide.overview``); white without it.
         """
-        if view is None:
-            factor = max(1.0, max(self.frame.size) / _PICTURE_PX)
-            width, height = (max(1, round(length / factor)) for length in self.frame.size)
-            image: Pixels = np.full((height, width, 3), 255, np.uint8)
-        else:
-            image = view.image.copy()
+        image = canvas(view, self.frame.size)
         height, width = image.shape[:2]
         scale = np.array(self.frame.size) / (width, height)
         low = np.round(self.grid.xy / scale).astype(int)
@@ -110,15 +103,12 @@ class PrototypeMap:
             UsageError: another suffix.
         """
         path = Path(path)
-        match [suffix.lower() for suffix in path.suffixes[-2:]]:
-            case [*_, ".geojson" | ".json"] | [".geojson" | ".json", ".gz"]:
-                write_geojson(path, self.annotations(), self.frame)
-            case [*_, ".png"]:
-                write_atomically(path, png_bytes(self.picture(view)))
-            case [*_, ".jpg" | ".jpeg"]:
-                write_atomically(path, jpeg_bytes(self.picture(view)))
-            case _:
-                raise UsageError(f"{path}: a map of prototypes is saved as .geojson, .geojson.gz, .png or .jpg")
+        if is_geojson(path):
+            write_geojson(path, self.annotations(), self.frame)
+        elif path.suffix.lower() in PICTURE_SUFFIXES:
+            write_picture(path, self.picture(view))
+        else:
+            raise UsageError(f"{path}: a map of prototypes is saved as .geojson, .geojson.gz, .png or .jpg")
         return path
 
     def __repr__(self) -> str:

@@ -1,8 +1,6 @@
 """Prototypes: typical tiles of a cohort, fitted once; a Zarr group on disk. Format: docs/store.md."""
 
 import hashlib
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +21,7 @@ from features.arrays import (
     seal,
 )
 from features.writing import disk_errors
-from wsi._files import fsync_folder, fsync_tree
+from wsi._files import make_folder_atomically
 from wsi._version import __version__
 from wsi.errors import NotExtractedError, RunMismatchError, StoreCorruptError, StoreFormatError, UsageError
 
@@ -139,38 +137,30 @@ class Prototypes:
         path = Path(path)
         if path.exists():
             raise UsageError(f"{path}: is there already; give another name, or delete it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{uuid.uuid4().hex}.partial")
-        with disk_errors(path.parent):
-            try:
-                staging.mkdir()
-                arrays = {}
-                written: list[tuple[str, tuple[str, ...], NDArray[Any]]] = [
-                    ("centres", ("prototype", "feature"), self.centres),
-                    ("shares", ("prototype",), self.shares),
-                ]
-                if self.scale is not None:
-                    written.append(("scale", ("feature",), self.scale))
-                for name, names, rows in written:
-                    array = create_array(staging / name, rows.shape, rows.dtype.str, names)
-                    array[:] = rows
-                    arrays[name] = array_facts(array, [rows_digest(rows)])
-                manifest = {
-                    "kind": _KIND,
-                    "version": FORMAT_VERSION,
-                    "digest": self.digest,
-                    "features": dict(self.features),
-                    "provenance": dict(self.provenance),
-                    "arrays": arrays,
-                    "files": file_facts(staging),
-                    "created_by": f"wsi-engine {__version__}",
-                }
-                seal(staging, manifest)
-                fsync_tree(staging)
-                staging.rename(path)
-                fsync_folder(path.parent)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        with disk_errors(path.parent), make_folder_atomically(path) as staging:
+            staging.mkdir()
+            arrays = {}
+            written: list[tuple[str, tuple[str, ...], NDArray[Any]]] = [
+                ("centres", ("prototype", "feature"), self.centres),
+                ("shares", ("prototype",), self.shares),
+            ]
+            if self.scale is not None:
+                written.append(("scale", ("feature",), self.scale))
+            for name, names, rows in written:
+                array = create_array(staging / name, rows.shape, rows.dtype.str, names)
+                array[:] = rows
+                arrays[name] = array_facts(array, [rows_digest(rows)])
+            manifest = {
+                "kind": _KIND,
+                "version": FORMAT_VERSION,
+                "digest": self.digest,
+                "features": dict(self.features),
+                "provenance": dict(self.provenance),
+                "arrays": arrays,
+                "files": file_facts(staging),
+                "created_by": f"wsi-engine {__version__}",
+            }
+            seal(staging, manifest)
 
     @classmethod
     def load(cls, path: str | Path) -> "Prototypes":

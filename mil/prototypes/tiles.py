@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from features.keys import readable_part
 from features.store import FeatureStore
 from mil.bag import Bag
-from mil.cohort import LeftOut, SlideNames, read_rows
+from mil.cohort import LeftOut, SlideNames
 from mil.models.base import Bags
 from mil.prototypes.rows import Rows, StoredRows, TensorRows
-from mil.sources import BagSource, CachedSource, StoreSource, has_features
-from wsi.errors import BadFeaturesError, CohortError, UsageError
+from mil.sources import BagSource, CachedSource, StoreSource
+from mil.table import SlideTable
+from wsi.errors import BadFeaturesError, UsageError
 
 __all__ = ["Balance", "HasSlides", "SlideSet", "TilePool", "draw_tiles", "rows_of"]
 
 Balance = Literal["slides", "sites"]
-
-_SLIDE_COLUMNS = ("slide", "slide_id", "filename", "file")
-_SITE_COLUMNS = ("site", "centre", "center", "hospital")
 
 
 class HasSlides(Protocol):
@@ -85,15 +83,11 @@ class SlideSet:
         has_sites = False
         left_out = []
         if table is not None:
-            rows = read_rows(Path(table))
-            columns = list(rows[0]) if rows else []
-            slide = next((name for name in _SLIDE_COLUMNS if name in columns), None)
-            if slide is None:
-                raise CohortError(f"{table}: has no column of slides ({', '.join(_SLIDE_COLUMNS)}), or no rows")
-            site = next((name for name in _SITE_COLUMNS if name in columns), None)
+            read = SlideTable.read(table)
+            slide, site = read.column("slide"), read.usual("site")
             has_sites = site is not None
             names, wanted = SlideNames({key: readable_part(key) for key in store.keys}), {}
-            for row in rows:
+            for row in read.rows:
                 key = names.find(row[slide])
                 if key is None:
                     left_out.append(LeftOut(row[slide], "not in the store"))
@@ -101,10 +95,8 @@ class SlideSet:
                     wanted[key] = row[site] if site is not None else ""
         kept = {}
         for key, where in wanted.items():
-            if not has_features(store.slide(key), encoder):
-                left_out.append(LeftOut(key, f"no features of {encoder}"))
-            elif source.n_good(key) == 0:
-                left_out.append(LeftOut(key, "no tiles"))
+            if reason := source.lacks(key):
+                left_out.append(LeftOut(key, reason))
             else:
                 kept[key] = where
         return cls(source, tuple(kept), tuple(kept.values()) if has_sites else None, tuple(left_out))

@@ -1,7 +1,7 @@
 """SlideEncoder: what every network is that makes one vector of a slide's tile features; SlideEmbedding, what it returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -33,25 +33,32 @@ class SlideEmbedding(NamedTuple):
 class SlideEncoder(nn.Module, ABC):
     """A bag of vectors in, one vector out. It is not trained with a slide's label; ``mil.models`` are.
 
+    Args:
+        facts: the arguments of the constructor, as JSON.
+
     Attributes:
         order_matters: whether the order of the tiles is information.
     """
 
     order_matters: ClassVar[bool] = False
 
-    @property
-    @abstractmethod
-    def widths(self) -> tuple[int, ...]:
-        """Lengths of the tile vectors that it takes, sorted."""
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._facts = dict(facts)
 
-    @property
-    @abstractmethod
-    def heads(self) -> int:
-        """K, the rows of its attention."""
-
-    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """The arguments of its constructor, as JSON."""
+        return dict(self._facts)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Lengths of the tile vectors that it takes, sorted."""
+        return (int(self._facts["dim"]),)
+
+    @property
+    def heads(self) -> int:
+        """K, the rows of its attention."""
+        return 1
 
     @abstractmethod
     def forward(self, batch: Batch) -> SlideEmbedding:

@@ -54,28 +54,16 @@ class CHIEF(SlideEncoder):
         text_dim: int = 768,
         dropout: float = 0.25,
     ) -> None:
-        super().__init__()
-        self._facts = {
+        super().__init__({
             "dim": dim, "hidden": hidden, "attention_dim": attention_dim, "organs": organs, "text_dim": text_dim,
             "dropout": dropout,
-        }  # fmt: skip
+        })  # fmt: skip
         self.embed = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.attention = GatedAttentionScore(hidden, attention_dim, dropout=dropout)
         self.organ = nn.Sequential(nn.Linear(text_dim, hidden), nn.ReLU())
         self.classifier = nn.Linear(hidden, 2)
         self.organ_embedding: Tensor
         self.register_buffer("organ_embedding", torch.zeros(organs, text_dim))
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (int(self._facts["dim"]),)
-
-    @property
-    def heads(self) -> int:
-        return 1
-
-    def facts(self) -> dict[str, Any]:
-        return dict(self._facts)
 
     def forward(self, batch: Batch) -> SlideEmbedding:
         """(B, dim) means of the features; one row of attention."""

@@ -76,15 +76,14 @@ class COBRA(SlideEncoder):
         dropout: float = 0.25,
         top_k: int | None = None,
     ) -> None:
-        super().__init__()
         if width % heads:
             raise UsageError(f"a width of {width} does not divide into {heads} heads")
         if top_k is not None and top_k < 1:
             raise UsageError(f"top_k is at least 1, not {top_k}")
-        self._facts: dict[str, Any] = {
+        super().__init__({
             "widths": sorted(set(widths)), "width": width, "layers": layers, "heads": heads,
             "attention_dim": attention_dim, "state": state, "channels": channels, "dropout": dropout, "top_k": top_k,
-        }  # fmt: skip
+        })  # fmt: skip
         self.top_k = top_k
         self.embed = nn.ModuleDict(
             {
@@ -105,13 +104,6 @@ class COBRA(SlideEncoder):
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self._facts["widths"])
-
-    @property
-    def heads(self) -> int:
-        return 1
-
-    def facts(self) -> dict[str, Any]:
-        return dict(self._facts)
 
     def forward(self, batch: Batch) -> SlideEmbedding:
         """(B, D) means of the features, one row of attention."""

@@ -31,10 +31,10 @@ from mil.slide_encoders.cobra import COBRA
 from mil.slide_encoders.loading import LoadedSlideEncoder, SlideEncoderRequest, load_slide_encoder, save_slide_encoder
 from mil.slide_encoders.madeleine import info_nce
 from mil.slide_encoders.zoo import SlideEncoderSpec, TileFeatures
-from mil.sources import BagSource, CachedSource, StoreSource, has_features
+from mil.sources import BagSource, CachedSource, StoreSource
 from mil.train import pick_device
 from wsi._files import write_atomically
-from wsi.errors import CohortError, RunMismatchError, UsageError
+from wsi.errors import CohortError, DivergedError, RunMismatchError, UsageError
 
 __all__ = ["SlideTrainConfig", "TrainingEpoch", "train_slide_encoder"]
 
@@ -238,7 +238,7 @@ def _trained(
                         k1, k2 = key(one), key(other)
                 loss = _loss(q1, k2, config.temperature) + _loss(q2, k1, config.temperature)
                 if not torch.isfinite(loss):
-                    raise UsageError(f"the loss is {loss.item()} in epoch {epoch + 1}: training diverged; lower lr")
+                    raise DivergedError(f"the loss is {loss.item()} in epoch {epoch + 1}: training diverged; lower lr")
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.step(optimizer)
@@ -336,7 +336,7 @@ def _slides_of_patients(
 ) -> list[list[str]]:
     found: dict[tuple[bool, str], list[str]] = {}
     for slide in store:
-        if all(has_features(slide, *source.encoders) and source.n_good(slide.key) for source in sources):
+        if all(source.lacks(slide.key) is None for source in sources):
             owner = (True, patients[slide.key]) if slide.key in patients else (False, slide.key)
             found.setdefault(owner, []).append(slide.key)
     if len(found) < 2:

@@ -4,18 +4,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from features.lease import Lease
+import numpy as np
+from numpy.typing import NDArray
+
 from features.store import FeatureStore
-from features.writing import check_embedding, write_embedding
 from mil.bag import Bag
-from mil.cohort import LeftOut
-from mil.prototypes.embeddings import EmbedReport, Failure, Outcome, encoder_of
+from mil.embedding import Embedding, EmbedReport, Outcome, embed_store, usual_name
 from mil.slide_encoders.cobra import COBRA
 from mil.slide_encoders.loading import LoadedSlideEncoder
-from mil.sources import StoreSource, has_features
-from wsi.errors import EncoderChangedError, StoreError, UsageError
+from mil.sources import StoreSource, encoder_of
+from wsi.errors import UsageError
 
 __all__ = ["EncodeOptions", "encode_slides", "remarks"]
 
@@ -29,7 +28,7 @@ class EncodeOptions:
     Attributes:
         encoder: whose features; by default the only one that the store has.
         average: COBRA only: weights from ``encoder``'s features, the mean of those of this one.
-        name: of the vectors in the store; by default the slide encoder's.
+        name: of the vectors in the store; by default slide encoder and tile encoder, such as ``cobra-uni``.
         replace: make anew what was made otherwise.
     """
 
@@ -72,17 +71,12 @@ def encode_slides(
         "features": [dict(source.facts) for source in sources],
     }  # fmt: skip
     facts = json.loads(json.dumps(facts))  # as it will read back
-    name = options.name or loaded.spec.name
-    lists: dict[Outcome, list[Any]] = {"done": [], "there already": [], "left out": [], "failed": []}
-    for key in store.keys:
-        try:
-            outcome, entry = _encode_slide(sources, key, loaded, name, facts, options.replace)
-        except StoreError as error:
-            outcome, entry = "failed", Failure(key, error.code, str(error))
-        lists[outcome].append(entry)
-        if done is not None:
-            done(key, outcome)
-    return EmbedReport(name, *(tuple(entries) for entries in lists.values()))
+    name = options.name or usual_name(loaded.spec.name, sources)
+
+    def parts(key: str) -> dict[str, NDArray[np.float32]]:
+        return {"vector": _vector(loaded, [source.read(key) for source in sources], width)}
+
+    return embed_store(sources, Embedding(name, facts, parts, options.replace), done)
 
 
 def remarks(store: FeatureStore, loaded: LoadedSlideEncoder, options: EncodeOptions) -> tuple[str, ...]:
@@ -99,33 +93,11 @@ def _width(source: StoreSource, loaded: LoadedSlideEncoder) -> tuple[int, tuple[
     return loaded.tiles_of(str(facts["encoder"][0]), int(facts["dim"][0]))
 
 
-def _encode_slide(
-    sources: list[StoreSource], key: str, loaded: LoadedSlideEncoder, name: str, facts: dict[str, Any], replace: bool
-) -> tuple[Outcome, Any]:
-    store = sources[0].store
-    slide = store.slide(key)
-    lacking = [encoder for source in sources for encoder in source.encoders if not has_features(slide, encoder)]
-    if lacking or any(source.n_good(key) == 0 for source in sources):
-        return "left out", LeftOut(key, f"no features of {lacking[0]}" if lacking else "no tiles")
-    for source, features in zip(sources, facts["features"], strict=True):
-        weights = slide.features(source.encoders[0]).manifest["encoder"].get("weights_sha256")
-        if weights != features["weights_sha256"][0]:
-            raise EncoderChangedError(
-                f"{slide.path}: features of {source.encoders[0]} were made with other weights than those of the other "
-                f"slides; extract the slide again"
-            )
-    try:
-        if check_embedding(slide, name, facts):
-            return "there already", key
-    except EncoderChangedError:
-        if not replace:
-            raise
-    with Lease(store.root / ".locks", key):
-        bags = [source.read(key) for source in sources]
-        weighed = Bag(bags[0].features[:, : facts["width"]], bags[0].xy, key)
-        if len(bags) == 2 and isinstance(loaded.encoder, COBRA):
-            found = loaded.encoder.encode_pair(weighed, bags[1])
-        else:
-            found = loaded.encoder.encode(weighed)
-        write_embedding(store, slide, name, facts, {"vector": found.vector.numpy()}, replace=replace)
-    return "done", key
+def _vector(loaded: LoadedSlideEncoder, bags: list[Bag], width: int) -> NDArray[np.float32]:
+    """(E,) of bags of the encoder that is weighed and, with COBRA, perhaps of the one that is averaged."""
+    weighed = Bag(bags[0].features[:, :width], bags[0].xy, bags[0].key)
+    if len(bags) == 2 and isinstance(loaded.encoder, COBRA):
+        found = loaded.encoder.encode_pair(weighed, bags[1])
+    else:
+        found = loaded.encoder.encode(weighed)
+    return np.asarray(found.vector.numpy())

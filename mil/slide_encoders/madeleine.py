@@ -41,11 +41,10 @@ class MADELEINE(SlideEncoder):
         token_dim: int = 128,
         dropout: float = 0.25,
     ) -> None:
-        super().__init__()
-        self._facts = {
+        super().__init__({
             "dim": dim, "width": width, "heads": heads, "attention_dim": attention_dim, "token_dim": token_dim,
             "dropout": dropout,
-        }  # fmt: skip
+        })  # fmt: skip
         layers: list[nn.Module] = []
         for into, out in ((dim, width), (width, width), (width, width * heads)):
             layers += [nn.Linear(into, out), nn.LayerNorm(out), nn.GELU(), nn.Dropout(0.1)]
@@ -55,15 +54,8 @@ class MADELEINE(SlideEncoder):
         self.project_token = nn.Linear(width * heads, token_dim)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        return (int(self._facts["dim"]),)
-
-    @property
     def heads(self) -> int:
         return len(self.attention)
-
-    def facts(self) -> dict[str, Any]:
-        return dict(self._facts)
 
     def forward(self, batch: Batch) -> SlideEmbedding:
         """(B, width) vectors, a row of attention for each head: what the authors call ``encode_he``."""

@@ -68,47 +68,28 @@ class SlideEncoderSpec:
             raise ValueError(f"{self.name}: hub_id and weights_file go together")
 
 
-_COBRA_SOURCE = "Lenz et al.: Unsupervised Foundation Model-Agnostic Slide-Level Representation Learning, CVPR 2025"
+def _cobra(name: str, aliases: tuple[str, ...], first: TileFeatures, weights_file: str) -> SlideEncoderSpec:
+    return SlideEncoderSpec(
+        name=name,
+        aliases=aliases,
+        kind="cobra",
+        tiles=(
+            first, TileFeatures("uni", 1024), TileFeatures("virchow2", 1280), TileFeatures("h-optimus-0", 1536),
+        ),
+        dim=None,
+        mpp=256 / 224,
+        tile_px=224,
+        hub_id="KatherLab/COBRA",
+        weights_file=weights_file,
+        licence="GPL-3.0 (code); weights: see the model card",
+        source="Lenz et al.: Unsupervised Foundation Model-Agnostic Slide-Level Representation Learning, CVPR 2025",
+        notes="Trained at several magnifications; 224 px of 256 µm are STAMP's tiles. Of Virchow2 the class token alone.",
+    )  # fmt: skip
+
 
 _ROWS = (
-    SlideEncoderSpec(
-        name="cobra",
-        aliases=("cobra-1", "cobra1", "cobra-i"),
-        kind="cobra",
-        tiles=(
-            TileFeatures("ctranspath", 768),
-            TileFeatures("uni", 1024),
-            TileFeatures("virchow2", 1280),
-            TileFeatures("h-optimus-0", 1536),
-        ),
-        dim=None,
-        mpp=256 / 224,
-        tile_px=224,
-        hub_id="KatherLab/COBRA",
-        weights_file="pytorch_model.bin",
-        licence="GPL-3.0 (code); weights: see the model card",
-        source=_COBRA_SOURCE,
-        notes="Trained at several magnifications; 224 px of 256 µm are STAMP's tiles. Of Virchow2 the class token alone.",
-    ),
-    SlideEncoderSpec(
-        name="cobra-2",
-        aliases=("cobra2", "cobra-ii"),
-        kind="cobra",
-        tiles=(
-            TileFeatures("conch", 512),
-            TileFeatures("uni", 1024),
-            TileFeatures("virchow2", 1280),
-            TileFeatures("h-optimus-0", 1536),
-        ),
-        dim=None,
-        mpp=256 / 224,
-        tile_px=224,
-        hub_id="KatherLab/COBRA",
-        weights_file="cobraII.pth.tar",
-        licence="GPL-3.0 (code); weights: see the model card",
-        source=_COBRA_SOURCE,
-        notes="Trained at several magnifications; 224 px of 256 µm are STAMP's tiles. Of Virchow2 the class token alone.",
-    ),
+    _cobra("cobra", ("cobra-1", "cobra1", "cobra-i"), TileFeatures("ctranspath", 768), "pytorch_model.bin"),
+    _cobra("cobra-2", ("cobra2", "cobra-ii"), TileFeatures("conch", 512), "cobraII.pth.tar"),
     SlideEncoderSpec(
         name="madeleine",
         kind="madeleine",

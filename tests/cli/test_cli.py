@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cli import run as cli_run
 from cli.extract import extract
 from cli.main import wsi
 from cli.progress import CohortProgress
@@ -25,19 +24,6 @@ from wsi.discover import SlideSource
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--encoder", "colour-stats", "--mpp", "1.0", "--tile", "64"]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run ``wsi …`` or ``wsi-extract …`` in this process; returns exit code, stdout and stderr."""
-
-    def call(name: Any, *words: Any) -> Any:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        code = cli_run._run({"wsi": wsi, "wsi-extract": extract}[name], name)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def test_the_main_job(command: Any, tmp_path: Path) -> None:

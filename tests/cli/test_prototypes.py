@@ -1,5 +1,6 @@
 """Tests of wsi prototypes: what is said, what is written, and with which exit code."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli.main import wsi
-from cli.run import _run
 from features.store import FeatureStore
 from mil.prototypes import Embeddings, Prototypes
 from tests.mil.made_up import stored_cohort, write_store
@@ -19,38 +18,38 @@ def out(tmp_path: Path) -> Any:
     return stored_cohort(tmp_path, n=8)[0]
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["wsi", "prototypes", *map(str, words)])
-    return _run(wsi, "wsi")
+@pytest.fixture
+def call(command: Any) -> Any:
+    """Run ``wsi prototypes …``; returns exit code, stdout and stderr."""
+    return partial(command, "wsi", "prototypes")
 
 
-def test_prototypes_are_fitted_and_every_slide_gets_its_vector(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prototypes_are_fitted_and_every_slide_gets_its_vector(call: Any, out: Path, tmp_path: Path) -> None:
     made = tmp_path / "p.zarr"
-    assert call(monkeypatch, "fit", out, "--encoder", "made-up", "--k", 3, "--seed", 4, "--out", made) == 0
-    assert f"wsi prototypes embed {out} --prototypes {made} uses them" in capsys.readouterr().out
+    code, said, _ = call("fit", out, "--encoder", "made-up", "--k", 3, "--seed", 4, "--out", made)
+    assert code == 0
+    assert f"wsi prototypes embed {out} --prototypes {made} uses them" in said
     fitted = Prototypes.load(made)
     assert (fitted.k, fitted.provenance["seed"], fitted.provenance["n_slides"]) == (3, 4, 8)
-    assert call(monkeypatch, "embed", out, "--prototypes", made) == 0
-    assert "panther: 8 slides embedded, 0 there already" in capsys.readouterr().out
+    code, said, _ = call("embed", out, "--prototypes", made)
+    assert code == 0
+    assert "panther-made-up: 8 slides embedded, 0 there already" in said
     assert Embeddings.from_store(out).part("importance").shape == (8, 3)
-    assert call(monkeypatch, "embed", out, "--prototypes", made) == 0
-    assert "panther: 0 slides embedded, 8 there already" in capsys.readouterr().out
+    code, said, _ = call("embed", out, "--prototypes", made)
+    assert code == 0
+    assert "panther-made-up: 0 slides embedded, 8 there already" in said
 
 
-def test_only_slides_of_the_table_are_fitted_on(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_slides_of_the_table_are_fitted_on(call: Any, out: Path, tmp_path: Path) -> None:
     table = tmp_path / "train.csv"
     table.write_text("slide\ns000.svs\ns003.svs\n")
-    assert call(monkeypatch, "fit", out, "--slides", table, "--k", 2, "--out", tmp_path / "p.zarr") == 0
+    assert call("fit", out, "--slides", table, "--k", 2, "--out", tmp_path / "p.zarr")[0] == 0
     assert Prototypes.load(tmp_path / "p.zarr").provenance["n_slides"] == 2
 
 
-def test_a_report_fits_nothing(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "fit", out, "--report", "2,3") == 0
-    said = capsys.readouterr().out
+def test_a_report_fits_nothing(call: Any, out: Path, tmp_path: Path) -> None:
+    code, said, _ = call("fit", out, "--report", "2,3")
+    assert code == 0
     assert [line.split()[0] for line in said.splitlines()[1:4]] == ["k", "2", "3"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "cohort.csv"]
 
@@ -72,71 +71,86 @@ def test_a_report_fits_nothing(
     ],
 )
 def test_what_makes_no_sense_is_said_in_a_line_with_exit_code_2(
-    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    call: Any, out: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(out.parent)
-    assert call(monkeypatch, *words) == 2
-    assert message in capsys.readouterr().err
+    code, _, err = call(*words)
+    assert code == 2
+    assert message in err
 
 
-def test_slides_that_fail_are_named_and_counted(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_slides_that_fail_are_named_and_counted(call: Any, out: Path, tmp_path: Path) -> None:
     made = tmp_path / "p.zarr"
-    assert call(monkeypatch, "fit", out, "--k", 3, "--out", made) == 0
-    assert call(monkeypatch, "embed", out, "--prototypes", made) == 0
+    assert call("fit", out, "--k", 3, "--out", made)[0] == 0
+    assert call("embed", out, "--prototypes", made)[0] == 0
     write_store(out, {"x/t.svs": np.ones((5, 6), np.float32)})
-    assert call(monkeypatch, "embed", out, "--prototypes", made, "--set", "tau=1") == 3
-    said = capsys.readouterr().out
+    code, said, _ = call("embed", out, "--prototypes", made, "--set", "tau=1")
+    assert code == 3
     assert said.count("FAILED, ENCODER_CHANGED") == 8
-    assert "panther: 1 slides embedded, 0 there already, 8 failed" in said
-    assert call(monkeypatch, "embed", out, "--prototypes", made, "--set", "tau=2") == 4
-    assert call(monkeypatch, "embed", out, "--prototypes", made, "--set", "tau=2", "--replace") == 0
-    assert FeatureStore(out).slide("t.svs").embedding("panther").facts["hyper"]["tau"] == 2
+    assert "panther-made-up: 1 slides embedded, 0 there already, 8 failed" in said
+    assert call("embed", out, "--prototypes", made, "--set", "tau=2")[0] == 4
+    assert call("embed", out, "--prototypes", made, "--set", "tau=2", "--replace")[0] == 0
+    assert FeatureStore(out).slide("t.svs").embedding("panther-made-up").facts["hyper"]["tau"] == 2
 
 
-def test_a_method_without_prototypes_needs_none(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(monkeypatch, "embed", out, "--method", "mean-variance", "--name", "moments") == 0
+def test_a_method_without_prototypes_needs_none(call: Any, out: Path) -> None:
+    assert call("embed", out, "--method", "mean-variance", "--name", "moments")[0] == 0
     assert FeatureStore(out).slide("s002.svs").embeddings == ("moments",)
 
 
+def test_info_says_which_vectors_a_store_holds(command: Any, call: Any, out: Path, tmp_path: Path) -> None:
+    assert "embedding" not in command("wsi", "info", out)[1]
+    assert call("fit", out, "--k", 3, "--out", tmp_path / "p.zarr")[0] == 0
+    assert call("embed", out, "--prototypes", tmp_path / "p.zarr")[0] == 0
+    write_store(out, {"x/t.svs": np.ones((5, 6), np.float32)})
+    assert call("embed", out, "--method", "mean", "--name", "m")[0] == 0
+    said = command("wsi", "info", out)[1].splitlines()
+    head, *rows = said[said.index("") + 1 :]
+    assert [column.strip() for column in head.split("  ") if column] == [
+        "slide embedding", "made by", "of features of", "numbers", "slides"
+    ]  # fmt: skip
+    assert [row.split() for row in rows] == [
+        ["m", "mean", "made-up", "6", "9"],
+        ["panther-made-up", "panther", "made-up", str(3 * (1 + 2 * 6)), "8"],
+    ]
+
+
 def test_what_can_be_drawn_without_the_slides_is_drawn_and_the_outcome_is_told(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: Any, out: Path, tmp_path: Path
 ) -> None:
     made, table = tmp_path / "p.zarr", tmp_path / "cohort.csv"
-    assert call(monkeypatch, "fit", out, "--k", 3, "--out", made) == 0
+    assert call("fit", out, "--k", 3, "--out", made)[0] == 0
     words = ["show", out, "--prototypes", made, "--labels", table]
-    assert call(monkeypatch, *words, "--target", "subtype", "--out", tmp_path / "drawn") == 4
-    said = capsys.readouterr().out
+    code, said, _ = call(*words, "--target", "subtype", "--out", tmp_path / "drawn")
+    assert code == 4
     assert said.count("drawn without its pixels") == 8
     assert "subtype: Mann-Whitney, 6 patients; effect: chance that lusc has more" in said
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
         "prototypes.png", "sheets", "maps", "shares.csv", "shares.png", "cohort.png", "outcome.csv",
     }  # fmt: skip
-    assert call(monkeypatch, *words, "--target", "months", "--event", "died", "--no-maps", "--out", tmp_path / "o") == 4
-    assert "months: Cox" in capsys.readouterr().out
+    code, said, _ = call(*words, "--target", "months", "--event", "died", "--no-maps", "--out", tmp_path / "o")
+    assert code == 4
+    assert "months: Cox" in said
     assert not (tmp_path / "o" / "maps").exists()
 
 
-def test_only_slides_whose_pixels_are_gone_make_the_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_slides_whose_pixels_are_gone_make_the_exit_code(call: Any, tmp_path: Path) -> None:
     Image.fromarray(np.full((160, 200, 3), 200, np.uint8)).save(tmp_path / "a.png")
     x = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
     write_store(tmp_path / "OUT", {str(tmp_path / "a.png"): x, str(tmp_path / "b.png"): x + 1})
-    assert call(monkeypatch, "fit", tmp_path / "OUT", "--k", 2, "--scale", "standard", "--out", tmp_path / "p") == 0
+    assert call("fit", tmp_path / "OUT", "--k", 2, "--scale", "standard", "--out", tmp_path / "p")[0] == 0
     show = ["show", tmp_path / "OUT", "--prototypes", tmp_path / "p", "--out", tmp_path / "drawn"]
-    assert call(monkeypatch, *show) == 3
-    assert "b.png" in next(line for line in capsys.readouterr().out.splitlines() if "without its pixels" in line)
+    code, said, _ = call(*show)
+    assert code == 3
+    assert "b.png" in next(line for line in said.splitlines() if "without its pixels" in line)
     (tmp_path / "s.csv").write_text(f"slide\n{tmp_path / 'a.png'}\n")
-    assert call(monkeypatch, *show, "--slides", tmp_path / "s.csv") == 0
-    assert "2 prototypes in 1 slides, 12 tiles" in capsys.readouterr().out
+    code, said, _ = call(*show, "--slides", tmp_path / "s.csv")
+    assert code == 0
+    assert "2 prototypes in 1 slides, 12 tiles" in said
 
 
-def test_help_says_what_prototypes_are_and_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "--help") == 0
-    said = capsys.readouterr().out
+def test_help_says_what_prototypes_are_and_how_to_go_on(call: Any) -> None:
+    code, said, _ = call("--help")
+    assert code == 0
     assert "k kinds of tissue" in said
     assert "wsi prototypes embed OUT --prototypes prototypes.zarr" in said

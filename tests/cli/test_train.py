@@ -10,11 +10,8 @@ import pytest
 
 from mil.predictions import Predictions
 from mil.target import Target
-from tests.cli.test_cli import command
 from tests.mil.made_up import DIM, stored_cohort, write_store
 from wsi import read_geojson
-
-__all__ = ["command"]  # the fixture
 
 FAST = [
     "--folds",

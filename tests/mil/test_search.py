@@ -197,7 +197,7 @@ def test_a_sheet_shows_what_was_found_and_names_what_is_gone(tmp_path: Path) -> 
     x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     store = write_store(tmp_path / "OUT", {str(tmp_path / "a.png"): x, str(tmp_path / "b.png"): x + 1})
     embed_slides(store, None, "mean")
-    search = SlideSearch.of(Embeddings.from_store(store, "mean"))
+    search = SlideSearch.of(Embeddings.from_store(store, "mean-made-up"))
     key = search.key_of("a.png")
     hits = search.nearest(key)
     gone = draw_hits(store, key, hits, tmp_path / "sheet.png")

@@ -21,9 +21,10 @@ from mil.explain import integrated_gradients
 from mil.member import Member
 from mil.objective import Joint, Objective, fit_joint
 from mil.predict import read_patients
+from mil.sources import StoreSource
 from mil.splits import make_folds
 from mil.target import Target, Task
-from mil.train import _with_auxiliary
+from mil.train import _with_auxiliary, answer_cases
 from tests.mil.made_up import DIM, QUICK, arrays, bag_of, write_store
 from wsi.errors import CohortError, UsageError
 
@@ -215,6 +216,51 @@ def test_a_run_of_several_targets_reads_back_and_answers_for_each(tmp_path: Path
                 np.testing.assert_allclose(answers.answers[answers.names.index(case)], tested.answers[i], rtol=1e-12)
     rows = list(csv.DictReader((tmp_path / "run" / "cohort.csv").read_text().splitlines()))
     assert {"label", "event", "label months", "event months"} <= set(rows[0])
+
+
+def test_a_bag_is_read_and_run_once_for_all_targets_and_the_answers_are_those_of_each_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, table = table_of(tmp_path)
+    made = Cohort.from_store(store, table, BOTH, cache_bytes=0)
+    result = cross_validate(made, replace(QUICK, epochs=2, members=2, inner=2), out=tmp_path / "run")
+    members, cases, which = result.folds[0].members, made.cases(), [0, 1]
+    n_bags = len(cases.bags_of(which))
+    expected = {
+        name: np.stack([
+            torch.stack([
+                speaker.answer(speaker.logits(made.read(cases.bags[index]))[None])[0]
+                for index in cases.bags_of([case]) for speaker in speakers
+            ]).mean(0).numpy() for case in which
+        ]) for name in ("subtype", "months") for speakers in [[member.speaking_for(name) for member in members]]
+    }  # fmt: skip
+    read: list[Any] = []
+    run: list[Any] = []
+    monkeypatch.setattr(StoreSource, "read", counted(StoreSource.read, read))
+    monkeypatch.setattr(Member, "every_logit", counted(Member.every_logit, run))
+    found = answer_cases(members, made, cases, which)
+    assert list(found) == ["subtype", "months"]
+    for name, answers in found.items():
+        np.testing.assert_array_equal(answers, expected[name])
+    assert (len(read), len(run)) == (n_bags, 2 * n_bags)
+    read.clear()
+    predictor = Predictor.load(tmp_path / "run")
+    every = predictor.predict_tasks(store)
+    assert sorted(read) == sorted(set(read)) == sorted(FeatureStore(store).keys)
+    for name, speaker in predictor.tasks.items():
+        alone = speaker.predict(store)
+        np.testing.assert_array_equal(every[name].predictions.answers, alone.predictions.answers)
+        assert (every[name].doubt is None) == (name == "months")
+
+
+def counted(function: Any, told: list[Any]) -> Any:
+    """The function, which tells its first argument but the object at each call."""
+
+    def counting(self: Any, argument: Any) -> Any:
+        told.append(argument)
+        return function(self, argument)
+
+    return counting
 
 
 def test_each_task_of_classes_has_a_temperature_of_its_own(tmp_path: Path) -> None:

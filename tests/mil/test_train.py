@@ -27,6 +27,7 @@ from tests.mil.made_up import DIM, QUICK, arrays, bag_of, cohort, stored_cohort
 from wsi.errors import (
     CohortError,
     DeviceError,
+    DivergedError,
     ModelMismatchError,
     NotExtractedError,
     RunMismatchError,
@@ -173,7 +174,7 @@ def test_the_best_weights_by_validation_are_kept_and_training_stops_when_they_do
     member.temperature = 1.0
     losses = []
     for case in range(len(cases)):
-        p = answer_cases([member], made, cases, [case])[0]
+        p = answer_cases([member], made, cases, [case])[made.target.name][0]
         losses.append(-np.log(p[int(cases.y[case])]))
     assert np.mean(losses) < 2  # it is a model of the run, not of its last, overfitted epoch
 
@@ -199,7 +200,8 @@ def test_answers_of_a_patient_are_the_mean_over_slides_and_members() -> None:
         for member in trained.members
         for bag in cases.bags_of([case])
     ]
-    np.testing.assert_allclose(answer_cases(trained.members, made, cases, [case])[0], np.mean(each, axis=0))
+    (answers,) = answer_cases(trained.members, made, cases, [case]).values()
+    np.testing.assert_allclose(answers[0], np.mean(each, axis=0))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is_read() -> None:
         cross_validate(cohort(24), replace(QUICK, model="abmill"))
     with pytest.raises(UsageError, match="the loss cox is not for a binary target"):
         cross_validate(cohort(24), replace(QUICK, loss="cox"))
-    with pytest.raises(UsageError, match="training diverged; lower lr"):
+    with pytest.raises(DivergedError, match="training diverged; lower lr"):
         cross_validate(cohort(24), replace(QUICK, lr=1e30))
     with pytest.raises(CohortError, match="no event in a training part"):
         bags = arrays(12)[0]

@@ -1,14 +1,5 @@
-"""What the tests of the models share: one thread, as their tensors are too small to be worth sharing out."""
+"""What these tests share: one thread."""
 
-from collections.abc import Iterator
+from tests.mil.threads import one_thread
 
-import pytest
-import torch
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

@@ -47,8 +47,11 @@ def test_every_slide_gets_the_vector_that_the_method_makes_of_its_tiles(
     report = embed_slides(store, prototypes)
     assert (report.done, report.skipped, report.left_out, report.failed) == (store.keys, (), (), ())
     for slide in store:
-        found, expected = slide.embedding("panther"), Panther().embed(slide.features("made-up").torch(), prototypes)
-        assert slide.embeddings == ("panther",)
+        found, expected = (
+            slide.embedding("panther-made-up"),
+            Panther().embed(slide.features("made-up").torch(), prototypes),
+        )
+        assert slide.embeddings == ("panther-made-up",)
         assert found.shapes == {"importance": (4,), "mean": (4, DIM), "variance": (4, DIM)}
         for part in found.shapes:
             assert np.array_equal(found.part(part), expected[part][0].numpy())
@@ -63,7 +66,7 @@ def test_every_method_can_be_kept(store: FeatureStore, prototypes: Prototypes, m
     assert len(embed_slides(store, prototypes, method).done) == 3
     assert len(embed_slides(store, prototypes, method).skipped) == 3
     expected = EMBEDDERS[method]().embed(store.slide("b.svs").features("made-up").torch(), prototypes).vector[0]
-    torch.testing.assert_close(torch.from_numpy(store.slide("b.svs").embedding(method).numpy()), expected)
+    torch.testing.assert_close(torch.from_numpy(store.slide("b.svs").embedding(f"{method}-made-up").numpy()), expected)
     assert store.verify(deep=True) == []
 
 
@@ -96,9 +99,9 @@ def test_a_vector_made_otherwise_is_kept_until_it_shall_be_replaced(
     assert [failure.code for failure in report.failed] == ["ENCODER_CHANGED"] * 3
     assert "'em_iter': 1" in report.failed[0].message
     assert "--replace" in report.failed[0].message
-    assert store.slide("a.svs").embedding("panther").facts["hyper"]["em_iter"] == 1
+    assert store.slide("a.svs").embedding("panther-made-up").facts["hyper"]["em_iter"] == 1
     assert len(embed_slides(store, prototypes, other, replace=True).done) == 3
-    assert store.slide("a.svs").embedding("panther").facts["hyper"]["em_iter"] == 2
+    assert store.slide("a.svs").embedding("panther-made-up").facts["hyper"]["em_iter"] == 2
     assert len(list((store.root / ".replaced").iterdir())) == 3
     assert store.verify(deep=True) == []
 
@@ -106,8 +109,24 @@ def test_a_vector_made_otherwise_is_kept_until_it_shall_be_replaced(
 def test_two_names_live_side_by_side(store: FeatureStore, prototypes: Prototypes) -> None:
     embed_slides(store, prototypes)
     embed_slides(store, prototypes, Panther(output="weight_avg_mean"), name="panther-average")
-    assert store.slide("a.svs").embeddings == ("panther", "panther-average")
+    assert store.slide("a.svs").embeddings == ("panther-average", "panther-made-up")
     assert store.slide("a.svs").embedding("panther-average").shapes == {"mean": (DIM,)}
+
+
+def test_the_same_method_on_two_encoders_makes_two_embeddings_and_neither_is_taken_for_the_other(
+    store: FeatureStore, prototypes: Prototypes
+) -> None:
+    embed_slides(store, prototypes)
+    assert Embeddings.from_store(store).name == "panther-made-up"  # the only one
+    write_store(
+        store.root, {f"x/{name}.svs": tiles(20 + i, i)[:, :4] for i, name in enumerate("abc")}, encoder="timm:b"
+    )
+    report = embed_slides(store, fit_prototypes(SlideSet.from_store(store.root, "timm:b"), 4, restarts=1))
+    assert (report.name, len(report.done)) == ("panther-timm:b", 3)
+    assert store.slide("a.svs").embeddings == ("panther-made-up", "panther-timm:b")
+    assert Embeddings.from_store(store, "panther-timm:b").shapes["mean"] == (4, 4)
+    with pytest.raises(UsageError, match="holds embeddings panther-made-up, panther-timm:b; say which"):
+        Embeddings.from_store(store)
 
 
 def test_tiles_that_could_not_be_read_have_no_part(tmp_path: Path) -> None:
@@ -115,7 +134,7 @@ def test_tiles_that_could_not_be_read_have_no_part(tmp_path: Path) -> None:
     status[::2] = 1
     store = write_store(tmp_path, {"a.svs": x}, status=status)
     embed_slides(store, None, "mean")
-    np.testing.assert_allclose(store.slide("a.svs").embedding("mean").numpy(), x[1::2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(store.slide("a.svs").embedding("mean-made-up").numpy(), x[1::2].mean(0), rtol=1e-5)
 
 
 def test_slides_without_tiles_or_features_are_left_out_and_said(store: FeatureStore, prototypes: Prototypes) -> None:
@@ -195,25 +214,25 @@ def test_another_process_that_was_faster_keeps_its_vector(
             made.append(folder)
             facts = {"method": "theirs"}
             features.writing.write_embedding(
-                store, store.slide("a.svs"), "panther", facts, {"mean": np.ones(2, np.float32)}
+                store, store.slide("a.svs"), "panther-made-up", facts, {"mean": np.ones(2, np.float32)}
             )
         real(folder, final)
 
     monkeypatch.setattr(features.writing, "_publish", late)
     embed_slides(store, prototypes)
-    assert store.slide("a.svs").embedding("panther").facts == {"method": "theirs"}
+    assert store.slide("a.svs").embedding("panther-made-up").facts == {"method": "theirs"}
     assert not list((store.root / ".staging").iterdir())
 
 
 def test_verify_finds_damage_to_a_vector(store: FeatureStore, prototypes: Prototypes) -> None:
     embed_slides(store, prototypes)
-    folder = store.slide("a.svs").embedding_path("panther")
+    folder = store.slide("a.svs").embedding_path("panther-made-up")
     chunk = next(path for path in (folder / "mean" / "c").rglob("*") if path.is_file())
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
     (problem,) = store.verify(deep=True)
-    assert problem.part == "embeddings/panther"
+    assert problem.part == "embeddings/panther-made-up"
     chunk.unlink()
     assert [problem.what.split()[-1] for problem in store.verify()] == ["missing"]
 
@@ -222,8 +241,8 @@ def test_a_matrix_of_all_slides_has_a_row_a_slide(store: FeatureStore, prototype
     embed_slides(store, prototypes)
     found = Embeddings.from_store(store.root)
     assert found.slides == store.keys
-    assert np.array_equal(found.matrix[1], store.slide("b.svs").embedding("panther").numpy())
-    assert np.array_equal(found.part("mean")[2], store.slide("c.svs").embedding("panther").part("mean"))
+    assert np.array_equal(found.matrix[1], store.slide("b.svs").embedding("panther-made-up").numpy())
+    assert np.array_equal(found.part("mean")[2], store.slide("c.svs").embedding("panther-made-up").part("mean"))
     np.testing.assert_allclose(found.part("importance").sum(1), 1, rtol=1e-6)
     assert Embeddings.from_store(store, slides=["c.svs", "x/a.svs"]).slides == (store.keys[0], store.keys[2])
     with pytest.raises(UsageError, match="it has importance, mean, variance"):
@@ -239,8 +258,10 @@ def test_vectors_that_were_made_differently_are_not_mixed(store: FeatureStore, p
 
 
 def test_vectors_that_are_not_there_are_said_with_those_that_are(store: FeatureStore, prototypes: Prototypes) -> None:
-    with pytest.raises(NotExtractedError, match="there are: none yet"):
+    with pytest.raises(NotExtractedError, match="holds no embeddings yet"):
         Embeddings.from_store(store)
+    with pytest.raises(NotExtractedError, match="there are: none yet"):
+        Embeddings.from_store(store, "h2t")
     embed_slides(store, prototypes)
     with pytest.raises(NotExtractedError, match=r"no slide has an embedding 'h2t' \(there are: panther"):
         Embeddings.from_store(store, "h2t")

@@ -259,7 +259,7 @@ class TestOnDisk:
 
     def test_a_kill_before_the_last_step_leaves_nothing_under_the_name(self, tmp_path: Path) -> None:
         code = (
-            "import os, sys\nimport mil.prototypes.prototypes as module\n"
+            "import os, sys\nimport wsi._files as module\n"
             "from tests.mil.prototypes.test_fitting import TestOnDisk\n"
             "module.fsync_tree = lambda path: os._exit(9)\nTestOnDisk().made().save(sys.argv[1])"
         )

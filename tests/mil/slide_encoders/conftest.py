@@ -1,5 +1,5 @@
-"""One thread: the tensors of these tests are too small to be worth sharing out."""
+"""What these tests share: one thread."""
 
-from tests.mil.models.conftest import _one_thread
+from tests.mil.threads import one_thread
 
-__all__ = ["_one_thread"]
+__all__ = ["one_thread"]

@@ -11,6 +11,7 @@ import torch
 
 from cli import run as cli_run
 from cli.main import wsi
+from features.embedding import StoredEmbedding
 from features.store import FeatureStore
 from features.weights import WeightsRecord
 from mil.bag import Bag
@@ -49,7 +50,7 @@ def test_every_slide_with_features_gets_the_vector_of_its_bag(store: FeatureStor
     report = encode_slides(store, loaded, EncodeOptions("one"), done=lambda key, outcome: told.append(outcome))
     assert sorted(told) == ["done"] * 3 + ["left out"] * 2
     assert sorted(left.reason for left in report.left_out) == ["no features of one", "no tiles"]
-    found = Embeddings.from_store(store, "ours")
+    found = Embeddings.from_store(store, "ours-one")
     assert found.slides == report.done
     source = StoreSource(store, ["one"])
     for key, vector in zip(found.slides, found.matrix, strict=True):
@@ -62,22 +63,23 @@ def test_every_slide_with_features_gets_the_vector_of_its_bag(store: FeatureStor
 
 def test_what_is_there_is_not_made_again_and_never_mixed_with_another(store: FeatureStore) -> None:
     encode_slides(store, cobra(), EncodeOptions("one"))
-    before = Embeddings.from_store(store, "ours").matrix
+    before = Embeddings.from_store(store, "ours-one").matrix
     again = encode_slides(store, cobra(), EncodeOptions("one"))
     assert (len(again.done), len(again.skipped)) == (0, 3)
     other = encode_slides(store, cobra(seed=1), EncodeOptions("one"))
     assert [failure.code for failure in other.failed] == ["ENCODER_CHANGED"] * 3
-    np.testing.assert_array_equal(Embeddings.from_store(store, "ours").matrix, before)
+    np.testing.assert_array_equal(Embeddings.from_store(store, "ours-one").matrix, before)
     replaced = encode_slides(store, cobra(seed=1), EncodeOptions("one", replace=True))
     assert len(replaced.done) == 3
-    assert np.abs(Embeddings.from_store(store, "ours").matrix - before).max() > 1e-4
+    assert np.abs(Embeddings.from_store(store, "ours-one").matrix - before).max() > 1e-4
 
 
 def test_weights_of_one_encoder_average_the_features_of_another(store: FeatureStore) -> None:
     loaded = cobra()
-    report = encode_slides(store, loaded, EncodeOptions("one", average="two", name="pair"))
+    report = encode_slides(store, loaded, EncodeOptions("one", average="two"))
     assert len(report.done) == 3
-    found = Embeddings.from_store(store, "pair")
+    found = Embeddings.from_store(store, "ours-one+two")
+    assert store.embeddings == (StoredEmbedding("ours-one+two", "ours", ("one", "two"), 5, 3),)
     weighed, averaged = (StoreSource(store, [name]).read(found.slides[0]) for name in ("one", "two"))
     attention = loaded.encoder.encode(Bag(weighed.features[:, :DIM])).attention[0]
     np.testing.assert_allclose(found.matrix[0], (attention @ averaged.features).numpy(), atol=1e-6)
@@ -124,8 +126,8 @@ def test_from_training_to_vectors_on_the_command_line(store: FeatureStore, tmp_p
         "slide-encoder", "embed", store.root, "--model", run / "encoder.safetensors", "--encoder", "one"
     )
     assert code == 0
-    assert "own: 3 slides embedded, 0 there already, 2 left out" in out
-    assert Embeddings.from_store(store, "own").matrix.shape == (3, WIDE)
+    assert "own-one: 3 slides embedded, 0 there already, 2 left out" in out
+    assert Embeddings.from_store(store, "own-one").matrix.shape == (3, WIDE)
     code, _, err = command(*words, "--device", "cpu", "--seed", 3)
     assert code == 2
     assert err.startswith("RUN_MISMATCH")

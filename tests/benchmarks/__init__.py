@@ -1,0 +1,1 @@
+"""Tests of what benchmarks compute with: numbers that people trust."""
