@@ -9,7 +9,7 @@ others; differences are of slides drawn with replacement.
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,11 +145,11 @@ def scores_of(segmenter: Segmenter, cohort: Path, heats: Path, picture: Path | N
 
 def patches_alone(folder: Path) -> Segmenter:
     """The cascade's own first stage."""
-    about = read_about(folder) | {"method": "patches"}
-    return Segmenter(about, PatchClassifier.load(folder / CLASSIFIER_FILE), None)
+    classifier = PatchClassifier.load(folder / CLASSIFIER_FILE)
+    return Segmenter(read_about(folder) | {"method": "patches"}, (classifier.encoder(), classifier.facts), None)
 
 
-def figures_of(scores: dict[str, Sequence[float]]) -> list[Figure]:
+def figures_of(scores: Mapping[str, Sequence[float]]) -> list[Figure]:
     figures = []
     for name, values in scores.items():
         mean = interval_of_mean(values)

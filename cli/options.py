@@ -78,6 +78,11 @@ tiling_options = stack(
         "--allow-upsample", is_flag=True, help="Enlarge scans that are coarser still, instead of refusing them.",
     ),
     click.option(
+        "--spare", type=click.FloatRange(min=1), default=_DEFAULT.spare, show_default=True,
+        help="Pixels that a level must have per tile pixel for tiles to be read from it; 1 reads a level of the wanted "
+        "resolution as it stands, which is faster, and at its own compression.",
+    ),
+    click.option(
         "--select", metavar="HOW",
         help="A few dozen tiles that stand for a slide, in place of all: mosaic takes some of each kind of tissue (also "
         "mosaic:k=9,share=0.1,seed=0), fps some that lie far apart (also fps:patch_um=500,tissue=0.9,n=30,seed=0).",

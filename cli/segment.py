@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from cli.console import PatientConsole
+from cli.console import PatientConsole, say
 from cli.options import words_of
 from cli.segment_run import run_model
 from cli.segment_train import train
@@ -78,22 +78,37 @@ def evaluate(
 
 
 @segment.command()
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
-def export(model: Path, out: Path) -> int:
-    """Write a refinement or dense network as ONNX, checked against PyTorch and timed on this machine.
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--weights", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights of a frozen trunk from this file.",
+)  # fmt: skip
+def export(model: Path, out: Path | None, weights: Path | None) -> int:
+    """Write a model's networks as ONNX, checked against PyTorch and timed on this machine.
+
+    MODEL is the folder of wsi segment train: networks that ONNX Runtime runs faster are written into it, and wsi segment run
+    then uses them on a CPU. Or it is the file of one network, which goes to OUT.
 
     Needs the extra: pip install 'wsi-engine[onnx]'.
 
     \b
+    wsi segment export model/
     wsi segment export refinement.safetensors refinement.onnx
     """
+    console = PatientConsole()
+    if model.is_dir() != (out is None):
+        raise click.UsageError("give the folder of a model alone, or the file of one network and OUT")
+    if out is None:
+        from segmentation.segmenter import export_model
+
+        for line in export_model(model, trunk_weights=weights):
+            say(console, line)
+        return 0
     from segmentation.export import export_file
 
-    choice = export_file(model, out)
-    console = PatientConsole()
-    console.print(choice.why, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"ONNX: {out}", markup=False, highlight=False, soft_wrap=True)
+    say(console, export_file(model, out).why)
+    say(console, f"ONNX: {out}")
     return 0
 
 

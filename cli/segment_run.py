@@ -95,9 +95,10 @@ def run_model(slides: str, out: Path, model: Path, **values: Any) -> int:
     with console.status("loading the model …"):
         from segmentation.polygons import PolygonOptions
         from segmentation.results import ResultOptions
-        from segmentation.run import RunOptions, segment_found
+        from segmentation.run import RunOptions, give_memory_back, segment_found
         from segmentation.segmenter import Segmenter
 
+        give_memory_back()
         try:
             polygons = PolygonOptions(*(values[key] for key in ("tolerance_um", "min_area_um2", "min_hole_um2")))
         except ValueError as error:

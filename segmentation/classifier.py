@@ -19,12 +19,12 @@ from features.encoder import (
     load_encoder,
 )
 from features.weights import WeightsRecord, state_sha256
-from segmentation.saved import read_network, save_network
+from segmentation.saved import read_facts, read_network, save_network
 from wsi.annotation import class_color
 from wsi.errors import ModelMismatchError, RunMismatchError, UsageError
 from wsi.grid import TileGrid, Tiling
 
-__all__ = ["H2G_MOBILENET", "NetworkOptions", "PatchClassifier", "PatchFacts"]
+__all__ = ["H2G_MOBILENET", "NetworkOptions", "PatchClassifier", "PatchFacts", "exported_encoder"]
 
 _KIND: Final = "patch-classifier"
 _MPP_TOLERANCE: Final = 0.1
@@ -90,6 +90,7 @@ class PatchFacts:
             min_tissue=min_tissue,
             edge="pad",
             mpp_tolerance=_MPP_TOLERANCE,
+            spare=1.0,
         )
 
     def check(self, grid: TileGrid) -> None:
@@ -206,12 +207,10 @@ class PatchClassifier(nn.Module):
 
         A trunk that takes pixels as they are runs in fp32.
         """
-        spec = replace(self.trunk.spec, name=f"{self.trunk.spec.name}+classifier", dim=len(self.facts.classes))
         answering = _Answering(deepcopy(self.trunk), deepcopy(self.head))
         record = WeightsRecord("file", self.sha256)
-        return Encoder(
-            replace(spec, pooling="pooled"), answering, record, device=device or self.device, precision=precision
-        )
+        spec = _answering_spec(self.trunk.spec, self.facts)
+        return Encoder(spec, answering, record, device=device or self.device, precision=precision)
 
     @property
     def sha256(self) -> str:
@@ -225,6 +224,7 @@ class PatchClassifier(nn.Module):
             "options": asdict(self.options),
             "trunk": asdict(self.trunk.spec),
             "trunk_sha256": self.trunk.weights_sha256 if self.options.frozen else None,
+            "sha256": self.sha256,
         }
         save_network(path, _KIND, facts, self.head if self.options.frozen else self)
 
@@ -260,6 +260,28 @@ class PatchClassifier(nn.Module):
                 f"{path}: cannot be used as a patch classifier ({error}); train it again"
             ) from error
         return made.to(device).eval()
+
+
+def exported_encoder(path: Path, backbone: nn.Module) -> tuple[Encoder, PatchFacts]:
+    """A saved classifier's ``encoder()`` and facts, its weights left where they are.
+
+    Args:
+        backbone: gives its probabilities in place of them, from normalised images.
+
+    Raises:
+        ModelMismatchError: the file is none of ours.
+    """
+    about = read_facts(path, _KIND)
+    try:
+        facts = PatchFacts(**about["patches"])
+        spec = _answering_spec(_spec(about["trunk"]), facts)
+        return Encoder(spec, backbone, WeightsRecord("file", about["sha256"])), facts
+    except (KeyError, ValueError, TypeError, UsageError) as error:
+        raise ModelMismatchError(f"{path}: cannot be used as a patch classifier ({error}); train it again") from error
+
+
+def _answering_spec(trunk: EncoderSpec, facts: PatchFacts) -> EncoderSpec:
+    return replace(trunk, name=f"{trunk.name}+classifier", dim=len(facts.classes), pooling="pooled")
 
 
 class _Answering(nn.Module):

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -25,13 +25,16 @@ from segmentation.place import MapPlace
 from segmentation.prior import Prior
 from segmentation.raster import Raster
 from segmentation.sampling import IGNORED
-from segmentation.saved import read_network, save_network
+from segmentation.saved import read_facts, read_network, save_network
 from wsi.annotation import Annotation
 from wsi.area import area_resize
 from wsi.errors import ModelMismatchError, UsageError
 from wsi.slide import Slide
 
-__all__ = ["Predict", "RefineConfig", "Refinement", "Refiner", "example_of", "refine", "slide_picture", "train_refiner"]
+__all__ = [
+    "ExportedRefiner", "Predict", "RefineConfig", "Refinement", "Refiner", "Refines", "example_of", "refine",
+    "slide_picture", "train_refiner",
+]  # fmt: skip
 
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -81,6 +84,43 @@ class RefineConfig:
     @property
     def in_channels(self) -> int:
         return 3 + len(self.classes) * self.heat
+
+
+class Refines(Protocol):
+    """What ``refine`` asks: a ``Refiner``, or the same network in ONNX Runtime."""
+
+    @property
+    def config(self) -> RefineConfig: ...
+
+    def predict(self, x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+
+
+class ExportedRefiner:
+    """A refinement network in the hands of something faster than PyTorch.
+
+    Attributes:
+        config: what it sees and says.
+    """
+
+    def __init__(self, config: RefineConfig, predict: Predict) -> None:
+        self.config = config
+        self._predict = predict
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str], predict: Predict) -> "ExportedRefiner":
+        """Of the network that ``Refiner.save`` wrote, whose weights are left where they are.
+
+        Raises:
+            ModelMismatchError: the file is none of ours.
+        """
+        try:
+            return cls(RefineConfig(**read_facts(path, _KIND)["config"]), predict)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelMismatchError(f"{path}: cannot be used as a refinement network ({error})") from error
+
+    def predict(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As ``Refiner.predict``."""
+        return self._predict(x)
 
 
 class Refiner:
@@ -197,18 +237,16 @@ def train_refiner(
     return refiner, fitted
 
 
-def refine(refiner: Refiner, slide: Slide, heat: Prior | None, *, predict: Predict | None = None) -> Refinement:
+def refine(refiner: Refines, slide: Slide, heat: Prior | None) -> Refinement:
     """Draw the borders of what a first stage found.
 
     Args:
         heat: its probabilities; None for a network that sees none.
-        predict: what to ask in place of the network itself, such as ``segmentation.export.fastest``'s choice.
 
     Raises:
         UsageError: there is no map for a network that sees one, or it has not a channel for each class.
     """
-    config = refiner.config
-    predict = predict or refiner.predict
+    config, predict = refiner.config, refiner.predict
     image, place = slide_picture(slide, config)
     shape = image.shape[:2]
     rough = _heat_on(heat, place, shape, config)

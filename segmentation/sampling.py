@@ -69,7 +69,7 @@ class PatchOptions:
     """
 
     classes: tuple[str, ...]
-    tiling: Tiling = field(default_factory=lambda: Tiling(mpp=1.0, tile_px=256, min_tissue=0.25))
+    tiling: Tiling = field(default_factory=lambda: Tiling(mpp=1.0, tile_px=256, min_tissue=0.25, spare=1.0))
     min_coverage: float = 0.25
     min_background: float = 0.9
     ignored: str = IGNORED

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wsi._files import write_atomically
 from wsi.errors import ModelMismatchError
 
-__all__ = ["read_network", "save_network"]
+__all__ = ["read_facts", "read_network", "save_network"]
 
 _FORMAT = "wsi-segmentation-network"
 _VERSION = 1
@@ -33,12 +33,22 @@ def read_network(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
     Raises:
         ModelMismatchError: the file is none of ours, damaged, of another release, or of a network of another kind.
     """
+    return _read(path, kind, weights=True)
+
+
+def read_facts(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The facts of a saved network alone; raises as ``read_network``."""
+    return _read(path, kind, weights=False)[0]
+
+
+def _read(path: str | os.PathLike[str], kind: str, *, weights: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt", device="cpu") as file:
             about = json.loads((file.metadata() or {})["wsi"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            names = file.keys() if weights else ()
+            tensors = {name: file.get_tensor(name) for name in names}
         found = (about["format"], about["version"], about["kind"])
         facts = dict(about["facts"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:

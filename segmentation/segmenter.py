@@ -10,29 +10,40 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from features.encoder import resolve_device
+from features.encoder import Encoder, resolve_device
 from features.runner import EncoderRunner
-from segmentation.classifier import PatchClassifier, PatchFacts
+from segmentation.classifier import PatchClassifier, PatchFacts, exported_encoder
 from segmentation.components import PixelRows
-from segmentation.export import fastest, fastest_classifier
+from segmentation.export import OnnxBackbone, OnnxRunner, check_installed, fastest, fastest_classifier
 from segmentation.heat import HeatOptions, ProbabilityMap, heat_grid, write_heat
 from segmentation.place import MapPlace
 from segmentation.prior import Prior
-from segmentation.refine import Predict, Refiner, refine
+from segmentation.refine import ExportedRefiner, Refiner, Refines, refine
 from segmentation.rows import LabelRows, LikeliestRows
 from wsi._files import write_atomically
 from wsi.annotation import Annotation
-from wsi.errors import ModelMismatchError, UsageError
+from wsi.errors import EnvironmentFaultError, ModelMismatchError, UsageError
 from wsi.grid import TileGrid
 from wsi.slide import Slide
 
-__all__ = ["CLASSIFIER_FILE", "REFINEMENT_FILE", "Found", "Runtime", "Segmenter", "read_about", "write_model"]
+__all__ = [
+    "CLASSIFIER_FILE",
+    "REFINEMENT_FILE",
+    "Found",
+    "Runtime",
+    "Segmenter",
+    "export_model",
+    "read_about",
+    "write_model",
+]
 
 MODEL_FILE: Final = "model.json"
 CLASSIFIER_FILE: Final = "classifier.safetensors"
 REFINEMENT_FILE: Final = "refinement.safetensors"
 _FORMAT: Final = "wsi-segmentation-model"
 _VERSION: Final = 1
+_EXPORTED: Final = ".onnx"
+_OF: Final = "weights_sha256"  # of the file that was exported
 
 Runtime = Literal["auto", "torch"]
 
@@ -64,31 +75,23 @@ class Segmenter:
 
     Attributes:
         about: the facts that were saved with it: method, classes, settings, how it was made.
-        said: a line for each network about what runs it, and why.
+        said: a line for each exported network that is not used, and why.
     """
 
     def __init__(
-        self, about: Mapping[str, Any], classifier: PatchClassifier | None, refiner: Refiner | None,
-        *, runtime: Runtime = "auto",
-    ) -> None:  # fmt: skip
+        self, about: Mapping[str, Any], first: tuple[Encoder, PatchFacts] | None, refiner: Refines | None
+    ) -> None:
+        """A model of these networks.
+
+        Args:
+            first: a patch classifier's ``encoder()`` and facts; None for a method without a first stage.
+            refiner: None for a method without a second one.
+        """
         self.about = about
         self.said: list[str] = []
         self.heat = HeatOptions(**about["config"]["heat"])
-        self._first: _FirstStage | None = None
+        self._first = None if first is None else _FirstStage(EncoderRunner(first[0]), first[1])
         self._refiner = refiner
-        self._predict: Predict | None = None
-        if classifier is not None:
-            encoder = classifier.encoder()
-            if runtime == "auto" and encoder.device.type == "cpu" and encoder.spec.input_px is not None:
-                encoder, choice = fastest_classifier(encoder)
-                self.said.append(f"patch classifier: {choice.why}")
-            self._first = _FirstStage(EncoderRunner(encoder), classifier.facts)
-        if refiner is not None and runtime == "auto":
-            config = refiner.config
-            shape = (1, config.in_channels, config.side_px, config.side_px)
-            chosen = fastest(refiner.network, np.random.default_rng(0).random(shape, np.float32), repeats=1)
-            self.said.append(f"refinement: {chosen.why}")
-            self._predict = chosen
 
     @classmethod
     def load(
@@ -103,8 +106,8 @@ class Segmenter:
 
         Args:
             device: as ``features.encoder.EncoderRequest``.
-            runtime: ``"auto"`` takes ONNX Runtime on a CPU where it is installed, agrees with PyTorch and is faster, measured
-                now; ``"torch"`` does not look.
+            runtime: ``"auto"`` takes ONNX Runtime on a CPU for those networks that ``export_model`` found it faster for;
+                ``"torch"`` does not look.
             trunk_weights: of a frozen trunk, where they are not the published ones.
 
         Raises:
@@ -113,13 +116,25 @@ class Segmenter:
         folder = Path(folder)
         about = read_about(folder)
         where = resolve_device(device)
-        method = about["method"]
-        classifier = refiner = None
-        if method != "picture":
-            classifier = PatchClassifier.load(folder / CLASSIFIER_FILE, where, trunk_weights=trunk_weights)
-        if method != "patches":
-            refiner = Refiner.load(folder / REFINEMENT_FILE, device=str(where))
-        return cls(about, classifier, refiner, runtime=runtime)
+        exported, said = _exported(folder, about) if runtime == "auto" and where.type == "cpu" else ({}, [])
+        first: tuple[Encoder, PatchFacts] | None = None
+        refiner: Refines | None = None
+        if about["method"] != "picture":
+            path = folder / CLASSIFIER_FILE
+            if path.name in exported:
+                first = exported_encoder(path, OnnxBackbone(exported[path.name]))
+            else:
+                classifier = PatchClassifier.load(path, where, trunk_weights=trunk_weights)
+                first = classifier.encoder(), classifier.facts
+        if about["method"] != "patches":
+            path = folder / REFINEMENT_FILE
+            if path.name in exported:
+                refiner = ExportedRefiner.of_file(path, exported[path.name])
+            else:
+                refiner = Refiner.load(path, device=str(where))
+        made = cls(about, first, refiner)
+        made.said += said
+        return made
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -181,7 +196,7 @@ class Segmenter:
             classes = dict(enumerate(self.classes, start=1))
             return Found(LabelRows(heat.array), LikeliestRows(heat.array), heat.place, classes)
         prior = None if heat is None else Prior.of_classes(heat, self.classes)
-        refined = refine(self._refiner, slide, prior, predict=self._predict)
+        refined = refine(self._refiner, slide, prior)
         return Found(refined.labels, refined.probabilities.max(axis=0), refined.place, refined.classes)
 
 
@@ -215,6 +230,67 @@ def write_model(folder: Path, about: Mapping[str, Any]) -> None:
     files = {name: _digest(folder / name) for name in (CLASSIFIER_FILE, REFINEMENT_FILE) if (folder / name).is_file()}
     content = {"format": _FORMAT, "version": _VERSION, **about, "files": files}
     write_atomically(folder / MODEL_FILE, json.dumps(content, indent=1).encode())
+
+
+def export_model(folder: str | os.PathLike[str], *, trunk_weights: Path | None = None) -> list[str]:
+    """Write those networks of a model as ONNX, beside their files, that ONNX Runtime runs faster here than PyTorch.
+
+    It must say the same within 1e-3. What an earlier export left is replaced.
+
+    Args:
+        trunk_weights: of a frozen trunk, where they are not the published ones.
+
+    Returns:
+        A line a network about what was measured.
+
+    Raises:
+        ModelMismatchError: the folder holds no whole model.
+        EnvironmentFaultError: the extra is not installed.
+    """
+    folder = Path(folder)
+    about = read_about(folder)
+    check_installed()
+    said = []
+    for name, digest in about["files"].items():
+        facts = {_OF: digest}
+        if name == CLASSIFIER_FILE:
+            encoder = PatchClassifier.load(folder / name, trunk_weights=trunk_weights).encoder()
+            if encoder.spec.input_px is None:
+                said.append(f"{name}: torch, as its trunk takes pixels as they are")
+                continue
+            choice = fastest_classifier(encoder, facts=facts)[1]
+        else:
+            refiner = Refiner.load(folder / name, device="cpu")
+            shape = (1, refiner.config.in_channels, refiner.config.side_px, refiner.config.side_px)
+            choice = fastest(refiner.network, np.random.default_rng(0).random(shape, np.float32), facts=facts)
+        path = folder / Path(name).with_suffix(_EXPORTED)
+        if choice.model is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_atomically(path, choice.model)
+        said.append(f"{name}: {choice.why}")
+    return said
+
+
+def _exported(folder: Path, about: Mapping[str, Any]) -> tuple[dict[str, OnnxRunner], list[str]]:
+    """The networks that ``export_model`` wrote, by the name of their file, and a line about what is not used."""
+    found, said = {}, []
+    for name, digest in about["files"].items():
+        path = folder / Path(name).with_suffix(_EXPORTED)
+        if not path.exists():
+            continue
+        try:
+            runner = OnnxRunner(path, keep_memory=name == CLASSIFIER_FILE)
+        except EnvironmentFaultError as error:
+            said.append(f"{path.name}: {error}; PyTorch is used")
+            continue
+        if runner.facts.get(_OF) == digest:
+            found[name] = runner
+        else:
+            said.append(
+                f"{path.name}: is of other weights than {name}; PyTorch is used; run wsi segment export {folder}"
+            )
+    return found, said
 
 
 def _digest(path: Path) -> str:

@@ -43,6 +43,9 @@ class Tiling:
         holes: ``"drop"`` does not count holes of the outlines as tissue; ``"keep"`` does.
         mpp_tolerance: a scan coarser than asked by at most this fraction is used at its own resolution.
         allow_upsample: accept scans that are coarser still, by interpolation.
+        spare: pixels of a level per tile pixel, in each direction, that it must have for tiles to be read from it. With 2
+            a tile's pixel is the mean of four or more; with 1 tiles are read as they stand where a level has their
+            resolution, with its own compression and whatever made it coarser, in a fraction of the time.
     """
 
     mpp: float = 0.5
@@ -53,6 +56,7 @@ class Tiling:
     holes: Literal["drop", "keep"] = "drop"
     mpp_tolerance: float = 0.25
     allow_upsample: bool = False
+    spare: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 < self.mpp < float("inf"):
@@ -67,6 +71,8 @@ class Tiling:
             raise ValueError(f"edge is drop or pad, holes is drop or keep; got {self.edge}, {self.holes}")
         if not 0 <= self.mpp_tolerance < float("inf"):
             raise ValueError(f"mpp_tolerance must be a number from 0, got {self.mpp_tolerance}")
+        if not 1 <= self.spare < float("inf"):
+            raise ValueError(f"spare must be a number from 1, got {self.spare}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,16 +147,16 @@ class TileGrid:
 def cover(pyramid: Pyramid, tiling: Tiling) -> TileGrid:
     """Every tile of the lattice that ``tiling`` puts on a slide, tissue or not.
 
-    Tiles are read from the coarsest level that keeps two pixels per tile pixel in each direction and whose pixels the
-    lattice can be aligned to without moving the mpp by more than two per cent; else from level 0. So what an encoder
-    sees is always an area mean of whole native pixels.
+    Tiles are read from the coarsest level that keeps ``tiling.spare`` pixels per tile pixel in each direction and whose
+    pixels the lattice can be aligned to without moving the mpp by more than two per cent; else from level 0. So what an
+    encoder sees is always an area mean of whole native pixels.
 
     Raises:
         TooCoarseError: the scan is too coarse for the wanted mpp.
     """
     scale = pyramid.scale_to(tiling.mpp, tolerance=tiling.mpp_tolerance, allow_upsample=tiling.allow_upsample)
     exact = (tiling.tile_px * scale.factor[0], tiling.tile_px * scale.factor[1])
-    level, step = _read_level(pyramid, scale.factor, exact)
+    level, step = _read_level(pyramid, scale.factor, exact, tiling.spare)
     side = (_round_to(exact[0], step[0]), _round_to(exact[1], step[1]))
     share = (tiling.tile_px - tiling.overlap_px) / tiling.tile_px
     stride = (_round_to(side[0] * share, step[0]), _round_to(side[1] * share, step[1]))
@@ -258,14 +264,14 @@ def _summed(rows: NDArray[np.float64], start: NDArray[np.intp], stop: NDArray[np
 
 
 def _read_level(
-    pyramid: Pyramid, factor: tuple[float, float], exact: tuple[float, float]
+    pyramid: Pyramid, factor: tuple[float, float], exact: tuple[float, float], spare: float
 ) -> tuple[int, tuple[int, int]]:
     best: tuple[int, tuple[int, int]] = (0, (1, 1))
     for level in range(1, len(pyramid.sizes)):
         dx, dy = pyramid.downsample(level)
         if not (pyramid.native[level] and dx == int(dx) and dy == int(dy)):
             continue
-        if 2 * dx > factor[0] or 2 * dy > factor[1]:
+        if spare * dx > factor[0] * (1 + 1e-6) or spare * dy > factor[1] * (1 + 1e-6):
             break
         moved = max(abs(_round_to(exact[i], int(d)) / exact[i] - 1) for i, d in enumerate((dx, dy)))
         if moved <= WHOLE_FACTOR_TOLERANCE:

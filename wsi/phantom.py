@@ -434,7 +434,8 @@ class Phantom:
     def kinds(self) -> dict[str, MultiPolygon]:
         """Where each kind of tissue is to be seen, by name, in level-0 pixels: none overlap, and together they are ``tissue``.
 
-        ``"submucosa"``, ``"muscle"``, ``"fat"``, ``"mucosa"``, ``"lymphoid"``, ``"adenoma"`` and ``"tumour"``, those that there are.
+        ``"submucosa"``, ``"muscle"``, ``"fat"``, ``"mucosa"``, ``"lymphoid"``, ``"adenoma"`` and ``"tumour"``, those that
+        there are.
         """
         seen, above = {}, MultiPolygon()
         for kind, region in reversed(self._layout.regions.items()):

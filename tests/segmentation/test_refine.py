@@ -80,7 +80,7 @@ def test_the_network_sees_colours_over_255_and_probabilities_as_they_are() -> No
         seen.append(x)
         return np.stack([1 - x[:, 3], x[:, 3]], axis=1)
 
-    found = refine(Refiner.untrained(TINY, device="cpu"), slide, heat_of(slide, 0.9), predict=predict)
+    found = refine(ExportedRefiner(TINY, predict), slide, heat_of(slide, 0.9))
     (x,) = seen
     assert x.shape == (1, 4, 32, 32)
     assert x.dtype == np.float32
