@@ -8,6 +8,7 @@ import click
 
 from cli.console import PatientConsole, say
 from cli.embedding import Bar, tell
+from features.keys import slide_path
 
 __all__ = ["prototypes"]
 
@@ -102,7 +103,7 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
 
         slides = SlideSet.from_store(store, encoder or encoder_of(store), table)
     for left in slides.left_out:
-        say(console, f"{left.slide}: left out, {left.reason}")
+        say(console, f"{slide_path(left.slide)}: left out, {left.reason}")
     with Bar(console, "reading", len(slides.slides), "slides") as bar:
         pool = draw_tiles(
             slides, values["n_tiles"], seed=values["seed"], balance=values["balance"], done=lambda _: bar.step()
@@ -261,7 +262,7 @@ def show(
         if labels is not None and target is not None:
             cohort = Cohort.from_store(store, labels, Labels(target, event=event), encoder=fitted.encoders[0])
     for left in slides.left_out:
-        say(console, f"{left.slide}: left out, {left.reason}")
+        say(console, f"{slide_path(left.slide)}: left out, {left.reason}")
     with Bar(console, "reading features", len(slides.slides), "slides") as bar:
         survey = survey_slides(slides, fitted, n_near=n_near, per_slide=per_slide, done=lambda _: bar.step())
     found = None if cohort is None else outcome_table(survey, cohort)
@@ -272,7 +273,7 @@ def show(
         with Bar(console, "maps", len(slides.slides), "slides") as bar:
             failed |= draw_maps(survey, slides.source, out, done=lambda _: bar.step())
     for slide, reason in failed.items():
-        say(console, f"{slide}: drawn without its pixels, {reason}")
+        say(console, f"{slide_path(slide)}: drawn without its pixels, {reason}")
     if found is not None:
         found.write(out / "outcome.csv")
         say(console, str(found))

@@ -190,7 +190,10 @@ class Prototypes:
             array = open_array(path / name)
             if array_facts(array) != promised:
                 raise StoreCorruptError(f"{path}: {name} are not those that were written; fit the prototypes again")
-            read[name] = read_rows(array, slice(0, array.shape[0]))
+            try:
+                read[name] = read_rows(array, slice(0, array.shape[0]))
+            except StoreCorruptError as error:
+                raise StoreCorruptError(f"{path}: {name} are damaged; fit the prototypes again") from error
         return cls(read["centres"], read["shares"], manifest["features"], manifest["provenance"], read.get("scale"))
 
     def __repr__(self) -> str:
