@@ -26,7 +26,7 @@ def prototypes() -> None:
     \b
     wsi prototypes fit OUT --encoder uni2-h --slides train.csv --out prototypes.zarr
     wsi prototypes embed OUT --prototypes prototypes.zarr
-    wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/
+    wsi prototypes show OUT --prototypes prototypes.zarr
     """
 
 
@@ -192,7 +192,10 @@ def embed(
 @click.option(
     "--prototypes", "path", required=True, type=click.Path(path_type=Path), help="Made by wsi prototypes fit."
 )
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder; is made.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder; is made.  [default: beside the prototypes, as prototypes-pictures]",
+)  # fmt: skip
 @click.option(
     "--slides",
     "table",
@@ -216,7 +219,7 @@ def embed(
 def show(
     store: Path,
     path: Path,
-    out: Path,
+    out: Path | None,
     table: Path | None,
     labels: Path | None,
     target: str | None,
@@ -240,12 +243,13 @@ def show(
     read; 4: of none. Everything else is drawn all the same.
 
     \b
-    wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/
+    wsi prototypes show OUT --prototypes prototypes.zarr
     wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/ --labels cohort.csv --target subtype
     """
     console = PatientConsole()
     if (labels is None) != (target is None) or (event is not None and target is None):
         raise click.UsageError("--labels and --target go together (and --event only with them)")
+    out = out or path.with_name(f"{path.stem}-pictures")
     with console.status("loading …"):
         from mil.cohort import Cohort
         from mil.prototypes import Prototypes, SlideSet, outcome_table, survey_slides

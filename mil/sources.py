@@ -124,6 +124,11 @@ class StoreSource:
         }
 
     @property
+    def revisions(self) -> tuple[str | None, ...]:
+        """The commit of each encoder's weights on the hub; None for weights from elsewhere."""
+        return tuple(self._first.features(name).manifest["provenance"].get("revision") for name in self.encoders)
+
+    @property
     def dim(self) -> int:
         return sum(self._first.features(name).shape[1] for name in self.encoders)
 

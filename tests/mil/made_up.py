@@ -48,8 +48,9 @@ def grid_of(n: int) -> TileGrid:
 
 
 def write_store(
-    root: Path, slides: dict[str, Any], *, encoder: str = "made-up", status: Any = None, weights: str = "a"
-) -> Any:
+    root: Path, slides: dict[str, Any], *, encoder: str = "made-up", status: Any = None, weights: str = "a",
+    revision: str | None = None,
+) -> Any:  # fmt: skip
     """A feature store with these slides' vectors; ``slides`` maps relative paths to (N, DIM) arrays."""
     store = FeatureStore.create(root, Tiling())
     for path, x in slides.items():
@@ -64,7 +65,7 @@ def write_store(
         writer = FeatureWriter(store, slide, identity, {"precision": "fp32"}, dtype="float32")
         if len(x):
             writer.write(x, np.zeros(len(x), np.uint8) if status is None else status)
-        writer.finish({})
+        writer.finish({"revision": revision})
     return store
 
 

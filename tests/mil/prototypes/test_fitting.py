@@ -313,9 +313,10 @@ class TestOnDisk:
             Prototypes(np.zeros((2, 3), np.float32), np.array([0.5, 0.6]), {}, {})
 
     def test_provenance_says_how_they_were_fitted(self, tmp_path: Path) -> None:
-        write_store(tmp_path, {f"{name}.svs": kinds(30, seed=i)[0] for i, name in enumerate("abc")})
+        write_store(tmp_path, {f"{name}.svs": kinds(30, seed=i)[0] for i, name in enumerate("abc")}, revision="4f1")
         found = fit_prototypes(SlideSet.from_store(tmp_path, "made-up"), k=4, seed=7, n_tiles=60)
         expected = {"k": 4, "seed": 7, "n_slides": 3, "n_tiles": 60, "balance": "slides", "method": "sklearn lloyd"}
         assert expected.items() <= found.provenance.items()
+        assert found.provenance["revision"] == ["4f1"]
         assert found.features["weights_sha256"] == ["a"]
         assert found.features["mpp"] == FeatureStore(tmp_path).tiling.mpp
