@@ -62,10 +62,10 @@ def write_store(
         about["slide"]["bounds"] = [3, 5, 190, 150]
         slide = store.find(key) or write_slide(store, key, grid_of(len(x)), about)
         identity = {"name": encoder, "dim": x.shape[1], "weights_sha256": weights}
-        writer = FeatureWriter(store, slide, identity, {"precision": "fp32"}, dtype="float32")
+        writer = FeatureWriter(store, slide, identity, {"precision": "fp32", "revision": revision}, dtype="float32")
         if len(x):
             writer.write(x, np.zeros(len(x), np.uint8) if status is None else status)
-        writer.finish({"revision": revision})
+        writer.finish({})
     return store
 
 
