@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cli.console import PatientConsole, say
+from features.keys import slide_path
 
 if TYPE_CHECKING:
     from mil.embedding import EmbedReport  # would load torch for every --help
@@ -43,9 +44,9 @@ class Bar:
 def tell(console: PatientConsole, report: "EmbedReport") -> int:
     """Say what came of it; the exit code: 0, 3 where some slides failed, 4 where all did."""
     for left in report.left_out:
-        say(console, f"{left.slide}: left out, {left.reason}")
+        say(console, f"{slide_path(left.slide)}: left out, {left.reason}")
     for failure in report.failed:
-        say(console, f"{failure.slide}: FAILED, {failure.code}: {failure.message}")
+        say(console, f"{slide_path(failure.slide)}: FAILED, {failure.code}: {failure.message}")
     counts = f"{len(report.done)} slides embedded, {len(report.skipped)} there already"
     counts += f", {len(report.left_out)} left out" if report.left_out else ""
     counts += f", {len(report.failed)} failed" if report.failed else ""

@@ -31,7 +31,7 @@ def predict(run: Path, store: Path, out: Path, table: Path | None, kind: str, de
     """
     console = PatientConsole()
     with console.status("loading …"):  # torch alone takes seconds
-        from features.keys import safe_name
+        from features.keys import safe_name, slide_path
         from features.store import FeatureStore
         from mil.predict import Predictor, overview_of, read_patients
         from mil.predictions import file_name
@@ -60,6 +60,8 @@ def predict(run: Path, store: Path, out: Path, table: Path | None, kind: str, de
                 heat.save(folder / f"{key}.geojson")
                 heat.save(folder / f"{key}.png", view=overview_of(opened.slide(key)))
     for left in answers.left_out:
-        console.print(f"{left.slide}: left out, {left.reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{slide_path(left.slide)}: left out, {left.reason}", markup=False, highlight=False, soft_wrap=True
+        )
     console.print(f"results: {out}", markup=False, highlight=False, soft_wrap=True)
     return 0

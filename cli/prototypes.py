@@ -8,6 +8,7 @@ import click
 
 from cli.console import PatientConsole, say
 from cli.embedding import Bar, tell
+from features.keys import slide_path
 
 __all__ = ["prototypes"]
 
@@ -25,7 +26,7 @@ def prototypes() -> None:
     \b
     wsi prototypes fit OUT --encoder uni2-h --slides train.csv --out prototypes.zarr
     wsi prototypes embed OUT --prototypes prototypes.zarr
-    wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/
+    wsi prototypes show OUT --prototypes prototypes.zarr
     """
 
 
@@ -102,7 +103,7 @@ def fit(store: Path, out: Path | None, encoder: str | None, table: Path | None, 
 
         slides = SlideSet.from_store(store, encoder or encoder_of(store), table)
     for left in slides.left_out:
-        say(console, f"{left.slide}: left out, {left.reason}")
+        say(console, f"{slide_path(left.slide)}: left out, {left.reason}")
     with Bar(console, "reading", len(slides.slides), "slides") as bar:
         pool = draw_tiles(
             slides, values["n_tiles"], seed=values["seed"], balance=values["balance"], done=lambda _: bar.step()
@@ -191,7 +192,10 @@ def embed(
 @click.option(
     "--prototypes", "path", required=True, type=click.Path(path_type=Path), help="Made by wsi prototypes fit."
 )
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder; is made.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder; is made.  [default: beside the prototypes, as prototypes-pictures]",
+)  # fmt: skip
 @click.option(
     "--slides",
     "table",
@@ -215,7 +219,7 @@ def embed(
 def show(
     store: Path,
     path: Path,
-    out: Path,
+    out: Path | None,
     table: Path | None,
     labels: Path | None,
     target: str | None,
@@ -239,12 +243,13 @@ def show(
     read; 4: of none. Everything else is drawn all the same.
 
     \b
-    wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/
+    wsi prototypes show OUT --prototypes prototypes.zarr
     wsi prototypes show OUT --prototypes prototypes.zarr --out pictures/ --labels cohort.csv --target subtype
     """
     console = PatientConsole()
     if (labels is None) != (target is None) or (event is not None and target is None):
         raise click.UsageError("--labels and --target go together (and --event only with them)")
+    out = out or path.with_name(f"{path.stem}-pictures")
     with console.status("loading …"):
         from mil.cohort import Cohort
         from mil.prototypes import Prototypes, SlideSet, outcome_table, survey_slides
@@ -261,7 +266,7 @@ def show(
         if labels is not None and target is not None:
             cohort = Cohort.from_store(store, labels, Labels(target, event=event), encoder=fitted.encoders[0])
     for left in slides.left_out:
-        say(console, f"{left.slide}: left out, {left.reason}")
+        say(console, f"{slide_path(left.slide)}: left out, {left.reason}")
     with Bar(console, "reading features", len(slides.slides), "slides") as bar:
         survey = survey_slides(slides, fitted, n_near=n_near, per_slide=per_slide, done=lambda _: bar.step())
     found = None if cohort is None else outcome_table(survey, cohort)
@@ -272,7 +277,7 @@ def show(
         with Bar(console, "maps", len(slides.slides), "slides") as bar:
             failed |= draw_maps(survey, slides.source, out, done=lambda _: bar.step())
     for slide, reason in failed.items():
-        say(console, f"{slide}: drawn without its pixels, {reason}")
+        say(console, f"{slide_path(slide)}: drawn without its pixels, {reason}")
     if found is not None:
         found.write(out / "outcome.csv")
         say(console, str(found))

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from urllib.parse import quote, unquote
 
-__all__ = ["readable_part", "safe_name", "slide_key"]
+__all__ = ["readable_part", "safe_name", "slide_key", "slide_path"]
 
 _MAX_BYTES = 180  # with the digest and an extension this stays below every file system's 255
 
@@ -27,6 +27,12 @@ def slide_key(relative_path: str) -> str:
 def readable_part(key: str) -> str:
     """The relative path a key was made of, for people; the end of it where it was too long to keep."""
     return unquote(key.rpartition("-")[0], errors="surrogateescape")
+
+
+def slide_path(slide: str) -> str:
+    """The relative path that a slide's key was made of; as it is what is no key, or the key of a path too long to keep."""
+    path = readable_part(slide)
+    return path if slide_key(path) == slide else slide
 
 
 def safe_name(name: str) -> str:

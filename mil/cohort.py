@@ -24,13 +24,12 @@ from mil.sources import (
     StoreSource,
     checked_bag,
     encoder_of,
-    has_features,
     pool_bags,
 )
 from mil.table import SlideTable
 from mil.target import Labels, Target, Task, infer_target, is_missing, parse_event, parse_value, with_horizons
 from wsi.discover import SLIDE_SUFFIXES
-from wsi.errors import CohortError, NotExtractedError, SlideNotFoundError, UsageError
+from wsi.errors import CohortError, SlideNotFoundError, UsageError
 
 __all__ = ["CACHE_BYTES", "Cases", "Cohort", "Fusion", "LeftOut", "SlideNames", "Targets"]
 
@@ -170,7 +169,8 @@ class Cohort:
         """
         store = FeatureStore(root)
         chosen = parse_selection(select) if isinstance(select, str) else select
-        source = StoreSource(store, _encoders(store, encoder), chosen)
+        encoders = [encoder] if isinstance(encoder, str) else list(encoder or ()) or [encoder_of(store)]
+        source = StoreSource(store, encoders, chosen)
         missing: dict[str, str] = {}
         for key in store.keys:
             if reason := source.lacks(key):
@@ -484,20 +484,6 @@ def _common(table: Path, asked: Sequence[Labels], what: str) -> str | None:
     if len(said) > 1:
         raise CohortError(f"{table}: all targets have one column of {what}s, not {', '.join(sorted(said))}")
     return next(iter(said), None)
-
-
-def _encoders(store: FeatureStore, encoder: str | Sequence[str] | None) -> tuple[str, ...]:
-    there = sorted({name for slide in store for name in slide.encoders})
-    if encoder:
-        wanted = (encoder,) if isinstance(encoder, str) else tuple(encoder)
-        for name in wanted:
-            if not any(has_features(slide, name) for slide in store):
-                raise NotExtractedError(
-                    f"{store.root}: no slide has features of {name} (there are: {', '.join(there) or 'none yet'}); "
-                    f"run wsi extract with --encoder {name}"
-                )
-        return wanted
-    return (encoder_of(store),)
 
 
 def _labels(target: Targets) -> tuple[Labels, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from features.keys import slide_path
 from mil.cohort import Cases, Cohort, Fusion, SlideNames
 from mil.config import TrainConfig
 from mil.metrics import PRIMARY, Interval, intervals, measure
@@ -148,7 +149,7 @@ class Result:
         cohort = self.cohort
         if cohort is None:
             raise UsageError("heatmaps need the slides: Result.load(run, cohort), or wsi predict")
-        key = SlideNames({name: _path_of(name) for name in cohort.slides}).find(slide)
+        key = SlideNames({name: slide_path(name) for name in cohort.slides}).find(slide)
         if key is None:
             raise NotExtractedError(f"{cohort.name}: no slide {slide!r} took part")
         owner = next(int(self.cases.owner[i]) for i, bag in enumerate(self.cases.bags) if key in bag)
@@ -207,11 +208,3 @@ class Result:
         return (
             f"<Result {self.target.name}: {name} {np.mean(values):.3f} ± {np.std(values):.3f} over {len(values)} folds>"
         )
-
-
-def _path_of(key: str) -> str:
-    """The path a store key was made of; other names as they are."""
-    from features.keys import readable_part, slide_key
-
-    path = readable_part(key)
-    return path if slide_key(path) == key else key

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from features.keys import readable_part
+from features.keys import slide_path
 from mil.cohort import SlideNames
 from mil.metrics import Interval
 from mil.prototypes.embeddings import Embeddings
@@ -91,7 +91,7 @@ class SlideSearch:
             NotExtractedError: none has a vector.
             CohortError: several are called so.
         """
-        key = SlideNames({name: readable_part(name) or name for name in self.slides}).find(slide)
+        key = SlideNames({name: slide_path(name) for name in self.slides}).find(slide)
         if key is None:
             raise NotExtractedError(f"no slide {slide!r} among the {len(self)} with this embedding")
         return key

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from features.store import FeatureStore
 from mil.predict import overview_of
-from mil.prototypes.palette import slide_name
+from mil.prototypes.palette import short_name
 from mil.search import Hit
 from wsi._files import write_atomically
 
@@ -51,7 +51,7 @@ def draw_hits(
         else:
             axes.imshow(view.reduced(_THUMBNAIL_PX).image, interpolation="antialiased")
         label = f"  {labels[slide]}" if labels and slide in labels else ""
-        axes.set_xlabel(f"{slide_name(slide)}\n{words}{label}", fontsize=8)
+        axes.set_xlabel(f"{short_name(slide)}\n{words}{label}", fontsize=8)
         for spine in axes.spines.values():
             spine.set(color="black" if slide == query else "0.8", linewidth=2 if slide == query else 1)
     buffer = io.BytesIO()

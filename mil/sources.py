@@ -98,6 +98,9 @@ class StoreSource:
 
     Args:
         select: a few tiles of each slide, by their features and places, in place of all.
+
+    Raises:
+        NotExtractedError: no slide has features of all of them.
     """
 
     def __init__(self, store: FeatureStore, encoders: Sequence[str], select: Selection | None = None) -> None:
@@ -106,15 +109,7 @@ class StoreSource:
         self.select = select
         self._slides: dict[str, SlideStore] = {}
         self._chosen: dict[str, NDArray[np.int64]] = {}
-
-    @cached_property
-    def _first(self) -> SlideStore:
-        for slide in self.store:
-            if all(has_features(slide, name) for name in self.encoders):
-                return slide
-        raise NotExtractedError(
-            f"{self.store.root}: no slide has features of {' and '.join(self.encoders)}; run wsi extract with --encoder"
-        )
+        self._first = _first_with(store, self.encoders)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -127,6 +122,11 @@ class StoreSource:
             "tile_px": self.store.tiling.tile_px,
             **({} if self.select is None else {"select": selection_facts(self.select)}),
         }
+
+    @property
+    def revisions(self) -> tuple[str | None, ...]:
+        """The commit of each encoder's weights on the hub; None for weights from elsewhere."""
+        return tuple(self._first.features(name).manifest["provenance"].get("revision") for name in self.encoders)
 
     @property
     def dim(self) -> int:
@@ -321,6 +321,19 @@ def _side_by_side(vectors: Sequence[NDArray[Any]]) -> NDArray[Any]:
     if len(vectors) == 1:
         return vectors[0]
     return np.concatenate([each.astype(np.result_type(*vectors), copy=False) for each in vectors], axis=1)
+
+
+def _first_with(store: FeatureStore, encoders: Sequence[str]) -> SlideStore:
+    """A slide that has features of all these encoders."""
+    for slide in store:
+        if all(has_features(slide, name) for name in encoders):
+            return slide
+    nowhere = [name for name in encoders if not any(has_features(slide, name) for slide in store)]
+    there = sorted({name for slide in store for name in slide.encoders})
+    raise NotExtractedError(
+        f"{store.root}: no slide has features of {' and '.join(nowhere or encoders)} (there are: "
+        f"{', '.join(there) or 'none yet'}); run wsi extract with --encoder {(nowhere or encoders)[0]}"
+    )
 
 
 def has_features(slide: SlideStore, encoder: str) -> bool:

@@ -87,6 +87,6 @@ class SlideTable:
         if found is None:
             raise CohortError(
                 f"{self.path}: has no column of {what}s ({', '.join(_USUAL[what])}); it has {', '.join(self.columns)}: "
-                f"rename the one that is, or say its name"
+                f"call the right one {what}"
             )
         return found

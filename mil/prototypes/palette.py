@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from features.keys import readable_part, slide_key
+from features.keys import slide_path
 
-__all__ = ["prototype_color", "prototype_name", "slide_name"]
+__all__ = ["prototype_color", "prototype_name", "short_name", "slide_name"]
 
 # The first seven are those of Okabe & Ito, Color Universal Design, 2008, without black. Each further one lies as far as any
 # colour does from all before it, in CIELAB, for the nearest of normal, protanopic and deuteranopic sight (Machado, Oliveira,
@@ -31,5 +31,11 @@ def prototype_color(index: int) -> tuple[int, int, int]:
 
 def slide_name(slide: str) -> str:
     """The file name of a slide of a store; the name itself of any other."""
-    path = readable_part(slide)
-    return path.rsplit("/", 1)[-1] if slide_key(path) == slide else slide
+    path = slide_path(slide)
+    return path if path == slide else path.rsplit("/", 1)[-1]
+
+
+def short_name(slide: str, letters: int = 22) -> str:
+    """The same, its middle left out where it is longer: people tell names apart by their ends."""
+    name, half = slide_name(slide), letters // 2
+    return name if len(name) <= letters else f"{name[:half]}…{name[-half:]}"

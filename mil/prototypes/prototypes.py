@@ -187,10 +187,14 @@ class Prototypes:
             )
         read = {}
         for name, promised in manifest["arrays"].items():
-            array = open_array(path / name)
-            if array_facts(array) != promised:
+            try:
+                array = open_array(path / name)
+                facts, rows = array_facts(array), read_rows(array, slice(0, array.shape[0]))
+            except StoreCorruptError as error:
+                raise StoreCorruptError(f"{path}: {name} are damaged; fit the prototypes again") from error
+            if facts != promised:
                 raise StoreCorruptError(f"{path}: {name} are not those that were written; fit the prototypes again")
-            read[name] = read_rows(array, slice(0, array.shape[0]))
+            read[name] = rows
         return cls(read["centres"], read["shares"], manifest["features"], manifest["provenance"], read.get("scale"))
 
     def __repr__(self) -> str:

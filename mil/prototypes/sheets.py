@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from features.store import FeatureStore
-from mil.prototypes.palette import prototype_color, prototype_name, slide_name
+from mil.prototypes.palette import prototype_color, prototype_name, short_name
 from mil.prototypes.survey import NearTile, Survey
 from mil.sources import BagSource
 from wsi.errors import SlideError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["atlas", "contact_sheet", "tile_pixels"]
 
 _TILE_INCHES = 1.6
-_NAME_LETTERS = 22
 
 
 def tile_pixels(
@@ -74,7 +73,7 @@ def contact_sheet(survey: Survey, index: int, pixels: Mapping[NearTile, Pixels],
             continue
         tile = tiles[place]
         _draw(axes, pixels.get(tile), index)
-        axes.set_xlabel(f"{_short(tile.slide)}\ndistance {tile.distance:.3g}", fontsize=7, labelpad=3)
+        axes.set_xlabel(f"{short_name(tile.slide)}\ndistance {tile.distance:.3g}", fontsize=7, labelpad=3)
     with_it = int((survey.shares[:, index] > 0).sum())
     figure.suptitle(
         f"{prototype_name(index)}: {survey.total[index]:.1%} of all tiles, in {with_it} of {len(survey.slides)} slides",
@@ -128,10 +127,3 @@ def _draw(axes: "Axes", pixels: Pixels | None, index: int, *, width: float = 2.5
         axes.text(0.5, 0.5, "no pixels", ha="center", va="center", fontsize=7, color="0.5", transform=axes.transAxes)
     for spine in axes.spines.values():
         spine.set(color=[value / 255 for value in prototype_color(index)], linewidth=width)
-
-
-def _short(slide: str) -> str:
-    """A slide's file name, its middle left out where it is long: people tell names apart by their ends."""
-    name = slide_name(slide)
-    half = _NAME_LETTERS // 2
-    return name if len(name) <= _NAME_LETTERS else f"{name[:half]}…{name[-half:]}"

@@ -170,22 +170,30 @@ def draw_tiles(
         of_slide.append(np.full(len(picked), index, np.int64))
         if done is not None:
             done(name)
-    provenance = {
+    provenance: dict[str, Any] = {
         "n_tiles": filled,
         "n_slides": len(names),
         "slides_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "balance": balance,
         "draw_seed": seed,
     }
+    if (store := _store_of(slides.source)) is not None:
+        provenance["revision"] = list(store.revisions)
     return TilePool(x[:filled], np.concatenate(of_slide), tuple(names), dict(slides.source.facts), provenance)
 
 
 def rows_of(source: BagSource, slide: str) -> Rows:
     """A slide's tiles: from a store of one encoder shard by shard, of anything else as the bag."""
-    store = source.source if isinstance(source, CachedSource) else source
-    if isinstance(store, StoreSource) and len(store.encoders) == 1 and store.select is None:
+    store = _store_of(source)
+    if store is not None and len(store.encoders) == 1 and store.select is None:
         return StoredRows(store.slide(slide).features(store.encoders[0]))
     return TensorRows(source.read(slide).features)
+
+
+def _store_of(source: BagSource) -> StoreSource | None:
+    """The store that bags are read from, if they are."""
+    inner = source.source if isinstance(source, CachedSource) else source
+    return inner if isinstance(inner, StoreSource) else None
 
 
 class _BagList:

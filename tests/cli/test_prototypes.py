@@ -131,6 +131,8 @@ def test_what_can_be_drawn_without_the_slides_is_drawn_and_the_outcome_is_told(
     code, said, _ = call(*words, "--target", "months", "--event", "died", "--no-maps", "--out", tmp_path / "o")
     assert code == 4
     assert "months: Cox" in said
+    assert call("show", out, "--prototypes", made, "--no-maps")[0] == 4
+    assert (tmp_path / "p-pictures" / "prototypes.png").is_file()
     assert not (tmp_path / "o" / "maps").exists()
 
 

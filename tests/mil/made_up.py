@@ -48,8 +48,9 @@ def grid_of(n: int) -> TileGrid:
 
 
 def write_store(
-    root: Path, slides: dict[str, Any], *, encoder: str = "made-up", status: Any = None, weights: str = "a"
-) -> Any:
+    root: Path, slides: dict[str, Any], *, encoder: str = "made-up", status: Any = None, weights: str = "a",
+    revision: str | None = None,
+) -> Any:  # fmt: skip
     """A feature store with these slides' vectors; ``slides`` maps relative paths to (N, DIM) arrays."""
     store = FeatureStore.create(root, Tiling())
     for path, x in slides.items():
@@ -61,7 +62,7 @@ def write_store(
         about["slide"]["bounds"] = [3, 5, 190, 150]
         slide = store.find(key) or write_slide(store, key, grid_of(len(x)), about)
         identity = {"name": encoder, "dim": x.shape[1], "weights_sha256": weights}
-        writer = FeatureWriter(store, slide, identity, {"precision": "fp32"}, dtype="float32")
+        writer = FeatureWriter(store, slide, identity, {"precision": "fp32", "revision": revision}, dtype="float32")
         if len(x):
             writer.write(x, np.zeros(len(x), np.uint8) if status is None else status)
         writer.finish({})

@@ -127,9 +127,13 @@ class TestSlideSet:
         assert sorted(left.reason for left in slides.left_out) == ["no features of made-up", "no tiles"]
 
     def test_no_slide_at_all_is_an_error_that_says_why(self, tmp_path: Path) -> None:
-        write_store(tmp_path, {"a.svs": kinds(9)[0]})
-        with pytest.raises(UsageError, match=r"1 left out \(no features of uni\)"):
-            SlideSet.from_store(tmp_path, "uni")
+        write_store(tmp_path / "OUT", {"a.svs": kinds(9)[0]})
+        message = r"no slide has features of uni \(there are: made-up\); run wsi extract with --encoder uni"
+        with pytest.raises(NotExtractedError, match=message):
+            SlideSet.from_store(tmp_path / "OUT", "uni")
+        (tmp_path / "t.csv").write_text("slide\nb.svs\n")
+        with pytest.raises(UsageError, match=r"no slide with tiles; 1 left out \(not in the store\)"):
+            SlideSet.from_store(tmp_path / "OUT", "made-up", tmp_path / "t.csv")
 
     def test_a_table_without_slides_is_refused(self, tmp_path: Path) -> None:
         write_store(tmp_path / "OUT", {"a.svs": kinds(9)[0]})
@@ -276,7 +280,7 @@ class TestOnDisk:
         data = bytearray(chunk.read_bytes())
         data[len(data) // 3] ^= 1
         chunk.write_bytes(data)
-        with pytest.raises(StoreCorruptError):
+        with pytest.raises(StoreCorruptError, match=r"p\.zarr: centres are damaged; fit the prototypes again"):
             Prototypes.load(tmp_path / "p.zarr")
 
     def test_what_is_not_prototypes_is_refused_in_a_line(self, tmp_path: Path) -> None:
@@ -309,9 +313,10 @@ class TestOnDisk:
             Prototypes(np.zeros((2, 3), np.float32), np.array([0.5, 0.6]), {}, {})
 
     def test_provenance_says_how_they_were_fitted(self, tmp_path: Path) -> None:
-        write_store(tmp_path, {f"{name}.svs": kinds(30, seed=i)[0] for i, name in enumerate("abc")})
+        write_store(tmp_path, {f"{name}.svs": kinds(30, seed=i)[0] for i, name in enumerate("abc")}, revision="4f1")
         found = fit_prototypes(SlideSet.from_store(tmp_path, "made-up"), k=4, seed=7, n_tiles=60)
         expected = {"k": 4, "seed": 7, "n_slides": 3, "n_tiles": 60, "balance": "slides", "method": "sklearn lloyd"}
         assert expected.items() <= found.provenance.items()
+        assert found.provenance["revision"] == ["4f1"]
         assert found.features["weights_sha256"] == ["a"]
         assert found.features["mpp"] == FeatureStore(tmp_path).tiling.mpp

@@ -13,6 +13,7 @@ from torch import Tensor
 import mil.prototypes.rows
 from mil.bag import Bag, Batch, collate
 from mil.prototypes import EMBEDDERS, Embedder, OptimalTransport, Panther, Quantiles, build_embedder
+from mil.prototypes.panther import _responsibilities, _State
 from mil.prototypes.rows import TensorRows
 from wsi.errors import UsageError
 
@@ -141,14 +142,36 @@ def reference(x: Any, m: Any, em: int, tau: float, eps: float) -> tuple[Any, Any
     """Equations of the paper as they stand, tile by prototype by feature."""
     pi, mu, sigma = np.full(len(m), 1 / len(m)), m, np.full(m.shape, eps)
     for _ in range(em):
-        density = -0.5 * (np.log(2 * np.pi * sigma) + (x[:, None] - mu) ** 2 / sigma).sum(-1) + np.log(pi)  # (N, K)
-        q = np.exp(density - density.max(1, keepdims=True))
-        q /= q.sum(1, keepdims=True)
+        q = responsibilities(x, pi, mu, sigma)
         weight = q.sum(0) + tau
         pi = weight / weight.sum()
         mu = (q.T @ x + tau * m) / weight[:, None]
         sigma = (q.T @ x**2 + tau * (eps + m**2)) / weight[:, None] - mu**2
     return pi, mu, sigma
+
+
+def responsibilities(x: Any, pi: Any, mu: Any, sigma: Any) -> Any:
+    density = -0.5 * (np.log(2 * np.pi * sigma) + (x[:, None] - mu) ** 2 / sigma).sum(-1) + np.log(pi)  # (N, K)
+    q = np.exp(density - density.max(1, keepdims=True))
+    return q / q.sum(1, keepdims=True)
+
+
+def test_tiles_between_two_tight_prototypes_are_told_apart_as_in_float64() -> None:
+    """Terms of the density that cancel are a hundred thousand times what tells the two apart."""
+    rng = np.random.default_rng(0)
+    mean, variance = 5 + np.array([[0.0], [0.02]]) * np.ones(64), 0.01 * rng.uniform(0.5, 1.5, (2, 64))
+    y = (5.01 + 0.1 * rng.normal(size=(40, 64))).astype(np.float32)
+    of_state = np.array([0.3, 0.7]), mean, variance
+    state = _State(torch.zeros(64), *map(torch.from_numpy, of_state))
+    expected = responsibilities(y.astype(np.float64), *of_state)
+    np.testing.assert_allclose(_responsibilities(torch.from_numpy(y), state).numpy(), expected, atol=1e-7)
+
+
+def test_tiles_that_are_all_the_same_leave_the_variance_of_the_prior() -> None:
+    x = torch.full((200, DIM), 100.37)
+    found = Panther(3, tau=0.001, eps=0.1).mixture(x, torch.stack([x[0], x[0] + 211.1]))
+    assert all(bool(part.isfinite().all()) for part in found)
+    assert float(found.variance.min()) >= 0.999 * 0.001 * 0.1 / 200.001
 
 
 def test_a_prototype_without_tiles_keeps_what_the_prior_says() -> None:

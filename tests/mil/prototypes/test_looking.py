@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lifelines import CoxPHFitter
 from PIL import Image
+from scipy.stats import kruskal
 
 from features.store import FeatureStore
 from mil.bag import Bag
@@ -308,6 +311,35 @@ class TestOutcomes:
         assert table.rows[0].effect > 1.5
         assert table.rows[2].effect < 0.8
         assert table.rows[0].q < 1e-3 < table.rows[1].p
+
+    def test_hazard_ratios_are_for_a_deviation_and_p_of_the_likelihood_ratio(self) -> None:
+        share = self.rng.uniform(0.05, 0.9, 12)
+        time, event = self.rng.exponential(np.exp(-2 * share)) + 0.01, np.arange(12) % 4 > 0
+        survey = shared(np.stack([share, 1 - share], 1))
+        row = outcome_table(survey, cohort_of(np.stack([time, event], 1))).rows[0]
+        plain = CoxPHFitter().fit(
+            pd.DataFrame({"share": survey.shares[:, 0], "time": time, "event": event}), "time", "event"
+        )
+        assert math.log(row.effect) == pytest.approx(plain.params_["share"] * survey.shares[:, 0].std(), rel=1e-4)
+        assert row.p == pytest.approx(plain.log_likelihood_ratio_test().p_value, rel=1e-4)
+        assert abs(row.p - plain.summary["p"]["share"]) > 1e-3 * row.p  # Wald's is another
+
+    def test_of_several_classes_the_effect_is_epsilon_squared(self) -> None:
+        share = self.rng.uniform(0.1, 0.9, 12)
+        row = outcome_table(shared(np.stack([share, 1 - share], 1)), cohort_of(["a", "b", "c"] * 4)).rows[0]
+        found = kruskal(*(share[i::3] for i in range(3)))
+        assert row.effect == pytest.approx(found.statistic * (12 + 1) / (12**2 - 1))  # Tomczak and Tomczak, 2014
+        assert row.p == pytest.approx(found.pvalue)
+
+    def test_patients_whose_first_label_is_not_known_take_no_part(self) -> None:
+        bags = [np.ones((3, 2), np.float32)] * 4
+        cohort = Cohort.from_arrays(
+            [Bag(x, None, f"s{i}") for i, x in enumerate(bags)],
+            {"first": ["x", None, "y", "x"], "second": [1.0, 2.0, 3.0, 4.5]},
+        )
+        shares, y, _ = patient_shares(shared([[1, 0], [0, 1], [1, 1], [1, 3]]), cohort)
+        assert y.tolist() == [0, 1, 0]
+        np.testing.assert_allclose(shares[:, 0], [1, 0.5, 0.25])
 
     def test_a_hazard_without_end_is_no_number(self) -> None:
         share = np.repeat([0.1, 0.9], 10)

@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from mil.prototypes import EMBEDDERS, Embeddings, Panther, Prototypes, TilePool, embed_slides, fit_prototypes, report_k
+from mil.prototypes import (
+    EMBEDDERS,
+    Embeddings,
+    Panther,
+    Prototypes,
+    SlideSet,
+    TilePool,
+    embed_slides,
+    fit_prototypes,
+    report_k,
+    survey_slides,
+)
 from mil.prototypes.kmeans import scale_of
+from mil.prototypes.survey import assigned_tiles
 from tests.mil.made_up import write_store
 from wsi.errors import StoreCorruptError, UsageError
 
@@ -90,6 +102,19 @@ def test_what_a_store_is_given_is_what_the_method_says(tmp_path: Path) -> None:
     for row, x in zip(found.matrix, slides.values(), strict=True):
         expected = Panther().embed(torch.from_numpy(x), fitted).vector[0].numpy()
         np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_and_proportions_are_of_tiles_in_the_scale_of_the_prototypes(tmp_path: Path) -> None:
+    x, kind = loud(60)
+    store = write_store(tmp_path / "OUT", {"a.svs": x})
+    slides = SlideSet.from_store(store.root, "made-up")
+    fitted = fit_prototypes(slides, 2, scale="standard")
+    assert fitted.scale is not None
+    own, distance = assigned_tiles(slides.source, slides.slides[0], fitted)
+    assert agreement(kind, own) == 1
+    expected = np.linalg.norm((x - fitted.centres[own]) / fitted.scale, axis=1)
+    np.testing.assert_allclose(distance, expected, rtol=1e-4)
+    np.testing.assert_allclose(survey_slides(slides, fitted).shares[0], np.bincount(own) / 60)
 
 
 def test_the_scale_is_kept_with_the_prototypes_and_is_part_of_what_they_are(tmp_path: Path) -> None:
