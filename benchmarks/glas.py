@@ -2,9 +2,10 @@
 
 Needs the GlaS composites (``slides/glas_composite_{train,testB}.tif``, ``.json``, ``_mask.png``): fields of the GlaS
 challenge (Sirinukunwattana et al., Medical Image Analysis 35, 2017) laid out on two slides. Networks start from random
-weights, learn from ``train`` and are tested on ``testB``. Every setting below was chosen with ``--held-out``: trained on
-four fields of five of ``train``, tested on the fifth. Fields of one patient may be on both sides of that line; none are of
-``train`` and ``testB``.
+weights, learn from ``train`` and are tested on ``testB``. Resolution, colours and how objects are parted were chosen on
+every fifth field of ``train`` by networks that learned from the others, as ``--held-out`` does; fields of one patient may be
+on both sides of that line. The number of steps is what time allowed, twice that of the last such trial. Settings of the
+cascades were not chosen by any trial.
 
 Truth are the pieces of the masks, as the composites do not say which pieces are one gland; nothing outside the fields
 counts. Object scores are those of the challenge, over all objects of the slide, and as means over fields.

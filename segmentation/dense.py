@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from features.encoder import Encoder, resolve_device
 from segmentation.blend import Blend, hann_window, tile_corners
-from segmentation.fit import Draw, Example, FitConfig, Fitted, as_input, fit
+from segmentation.fit import Draw, Example, FitConfig, Fitted, Watch, as_input, fit
 from segmentation.losses import IGNORE
 from segmentation.models import SegmentationModel, build_network
 from segmentation.models.tokens import TokenDecoder
@@ -300,12 +300,14 @@ def train_dense(
     *,
     encoder: Encoder | None = None,
     device: str = "auto",
+    watch: Watch | None = None,
 ) -> tuple[DenseSegmenter, Fitted]:
     """Train a dense network from its start on slides that people drew on; see ``draw_from`` for what it is shown.
 
     Args:
         validation: slides that decide which weights are kept; all of their tissue is held in memory.
         encoder: the foundation model of a ``"tokens"`` network.
+        watch: as ``segmentation.fit.fit``.
 
     Raises:
         UsageError: there are no slides, or one without tissue.
@@ -319,7 +321,7 @@ def train_dense(
             for part in (slides, validation)
         )
         looked_at = [square for squares in judged for square in squares.all()]
-        fitted = fit(segmenter.network, _draw_of(trained), fit_config, looked_at)
+        fitted = fit(segmenter.network, _draw_of(trained), fit_config, looked_at, watch=watch)
     return segmenter, fitted
 
 
@@ -331,8 +333,9 @@ def draw_from(
 ) -> Draw:
     """Draws squares of annotated slides: a slide at random, then a place in its tissue, which is the square's middle.
 
-    The later of two classes in ``config.classes`` is on top where they overlap. What is drawn as ``Ignore*`` counts for
-    nothing; on slides with ``Region*``, neither does what lies outside, and squares lie around places inside.
+    The later of two classes in ``config.classes`` is on top where they overlap, and rims, where there are any, on all.
+    What is drawn as ``Ignore*`` counts for nothing; on slides with ``Region*``, neither does what lies outside, and squares
+    lie around places inside.
 
     Args:
         tissue: outlines for each slide, to use instead of looking for them.

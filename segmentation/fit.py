@@ -146,7 +146,7 @@ def fit(
     losses: list[float] = []
     scores: list[tuple[int, float]] = []
     best: tuple[float, int, dict[str, Tensor]] | None = None
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
+    network.to(memory_format=torch.channels_last)  # a third faster on a CPU
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         for step in range(1, config.steps + 1):
@@ -174,7 +174,7 @@ def fit(
                     best = (scores[-1][1], step, {k: v.clone() for k, v in network.state_dict().items()})
                 elif len([s for s, _ in scores if s > best[1]]) >= config.patience:
                     break
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a saved one is read
+    network.to(memory_format=torch.contiguous_format)  # as a saved one is read
     if best is not None:
         network.load_state_dict(best[2])
     network.eval()

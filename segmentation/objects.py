@@ -65,7 +65,7 @@ class _Foreground:
         self.chunks: tuple[int, ...] = (getattr(probabilities, "chunks", None) or (0, 1, 1))[1:]
 
     def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
-        return (_likely(self._probabilities[1:, rows]).sum(0) > self._threshold).astype(np.uint8)
+        return np.asarray(_likely(self._probabilities[1:, rows]).sum(0) > self._threshold, np.uint8)
 
 
 def _objects_in(

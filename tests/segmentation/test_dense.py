@@ -205,6 +205,7 @@ def test_what_is_ignored_or_outside_of_chosen_regions_counts_for_nothing_and_squ
     gland = np.stack([e.image[..., 0] < 140 for e in drawn])
     assert gland[seen == 1].mean() > 0.98  # but for pixels on its border
     assert not gland[seen == 0].any()
+    assert (seen == IGNORE).mean() > 0.15  # squares of 64 reach over the edge of a region 160 wide
     middles = seen[:, 15:17, 15:17]
     assert (middles == IGNORE).mean() < 0.08  # of the region, 0.02 is ignored, and pixels straddle its border
     assert {label for mask in seen for label in np.unique(mask)} == {0, 1, IGNORE}
