@@ -11,7 +11,7 @@ from segmentation.losses import IGNORE, SegmentationLoss
 from segmentation.models import build_network
 from segmentation.place import MapPlace
 from segmentation.prior import Prior
-from segmentation.refine import RefineConfig, Refiner, example_of, refine, slide_picture, train_refiner
+from segmentation.refine import ExportedRefiner, RefineConfig, Refiner, example_of, refine, slide_picture, train_refiner
 from segmentation.saved import save_network
 from wsi.annotation import Annotation
 from wsi.errors import ModelMismatchError, UsageError
@@ -94,9 +94,7 @@ def test_the_network_sees_colours_over_255_and_probabilities_as_they_are() -> No
 def test_tiles_are_blended_so_that_what_all_agree_on_is_what_comes_out(overlap_px: int) -> None:
     slide = slide_of(190, 130)
     config = RefineConfig(("tumour",), hyper=TINY.hyper, side_px=24, mpp=4.0, overlap_px=overlap_px)
-    found = refine(
-        Refiner.untrained(config, device="cpu"), slide, heat_of(slide), predict=lambda x: np.stack([1 - x[:, 0], x[:, 0]], 1)
-    )  # fmt: skip
+    found = refine(ExportedRefiner(config, lambda x: np.stack([1 - x[:, 0], x[:, 0]], 1)), slide, heat_of(slide))
     image, place = slide_picture(slide, config)
     assert found.place == place
     assert found.place.scale == (2.0, 2.0)
