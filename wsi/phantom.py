@@ -66,6 +66,7 @@ _GRAIN_PX = 256  # period of the sensor noise; divides a block
 _NUCLEUS_CELL_UM = 9.0
 _WARP_UM, _WARP_LENGTH_UM = 95.0, 330.0
 _DEFOCUS_UM = 5.0
+_ADENOMA_STAIN = 1.0, 2.2  # times that of the kind
 _SPECIES = ("spindle", "lymphocyte", "malignant")  # nuclei that lie outside of glands
 
 # Light that passes, per channel, where a stroke is thick.
@@ -90,8 +91,8 @@ class PhantomSpec:
         n_pieces: pieces of tissue; 0 makes a slide of glass.
         tissue_fraction: share of the slide under tissue, holes included; above 0.5 several pieces may lack the room.
         tumour: share of every piece that is tumour, holes included.
-        adenoma: likewise a benign mass: from afar in the colours of tumour, near by with the glands of mucosa. Tumour lies
-            over it.
+        adenoma: likewise a benign mass: near by it has the glands of mucosa, from afar the colours of tumour, on one slide
+            darker and on another paler. Tumour lies over it.
         n_holes: tears in the tissue.
         pen: one stroke of a marker for each colour.
         blur: whether a part of the tissue is out of focus.
@@ -412,7 +413,8 @@ class Phantom:
 
         self._layout = layout
         self._regions = [(TISSUE_KINDS[name], region) for name, region in layout.regions.items() if not region.is_empty]
-        self._tones = [kind.tones() for kind, _ in self._regions]
+        darker = np.random.default_rng([spec.seed, zlib.crc32(b"adenoma")]).uniform(*_ADENOMA_STAIN)
+        self._tones = [kind.tones(darker if kind is TISSUE_KINDS["adenoma"] else 1.0) for kind, _ in self._regions]
         self._glands = layout.glands
         self._gland_tree = STRtree(layout.glands.outline)
         self._strokes = layout.strokes
