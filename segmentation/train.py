@@ -95,10 +95,16 @@ def train(
 
 def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationConfig) -> None:
     """Note what is going to be learned from what; refuse a folder in which something else was begun."""
-    drawn = {
-        str(each.location): sha256("".join(sorted(str(a.id) for a in each.annotations)).encode()).hexdigest()[:16]
+    # In their order, as what training leaves on its way goes by number; and with what decides who is held out.
+    drawn = [
+        [
+            str(each.location),
+            each.mpp,
+            each.facts.get(config.patient),
+            sha256("".join(sorted(str(a.id) for a in each.annotations)).encode()).hexdigest()[:16],
+        ]
         for each in slides
-    }
+    ]
     wanted = json.loads(json.dumps({"config": config.as_json(), "slides": drawn}))
     path = folder / _BEGUN
     if not path.exists():
@@ -108,7 +114,7 @@ def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationC
         begun = json.loads(path.read_text(encoding="utf-8"))
         differs = [key for key in ("slides", "config") if begun[key] != wanted[key]]
         settings = [key for key, value in wanted["config"].items() if begun["config"].get(key) != value]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunMismatchError(f"{path}: cannot be read ({error}); remove {folder} and train again") from error
     if differs:
         what = "other slides or annotations" if "slides" in differs else f"other settings ({', '.join(settings)})"
