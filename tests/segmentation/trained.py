@@ -29,10 +29,10 @@ CONFIG = SegmentationConfig(
     refinement=RefineConfig(("tumour",), hyper={"filters": (4, 8), "norm": "batch"}, side_px=64),
     network=NetworkOptions("colour-stats", frozen=True, hidden=0, dropout=0),
     classifier=ClassifierTraining(
-        epochs=15, patches=256, validation_patches=64, lr=0.05, device="cpu", augmentation=NO_AUGMENTATION
+        epochs=8, patches=192, validation_patches=64, lr=0.1, device="cpu", augmentation=NO_AUGMENTATION
     ),
     fit=FitConfig(
-        steps=40, batch_size=2, accumulate=1, learning_rate=2e-2, validate_every=20,
+        steps=30, batch_size=2, accumulate=1, learning_rate=2e-2, validate_every=15,
         augmentation=Augmentation(turns=False, stain="none", hue=0, saturation=0, brightness=(1.0, 1.0)),
         loss=SegmentationLoss(1.0, 0.5),
     ),

@@ -69,7 +69,7 @@ def test_what_cannot_be_names_the_place_and_the_way_out(values: dict[str, Any], 
 
 @pytest.mark.parametrize("word", ["fit.steps", "=3", ""])
 def test_a_word_without_key_or_value_is_refused(word: str) -> None:
-    with pytest.raises(UsageError, match="--set .*: write KEY=VALUE"):
+    with pytest.raises(UsageError, match=r"--set .*: write KEY=VALUE"):
         values_of_words([word], where="--set")
 
 
