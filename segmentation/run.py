@@ -218,7 +218,10 @@ class _Run:
 
     def prepared(self, sources: Sequence[SlideSource]) -> Iterator[_Prepared | _Settled]:
         for source in sources:
-            yield self._prepare(source)
+            item = self._prepare(source)
+            if isinstance(item, _Prepared):
+                self._held[item.key] = item
+            yield item
 
     def _prepare(self, source: SlideSource) -> _Prepared | _Settled:
         began, key = time.perf_counter(), slide_key(source.relpath)
@@ -235,9 +238,7 @@ class _Run:
                 source.location, mpp=self._options.slide_mpp, csv_mpp=source.mpp, reader=self._options.reader
             )
             tissue = slide.tissue()
-            item = _Prepared(source, key, lease, slide, tissue, identity, time.perf_counter() - began)
-            self._held[key] = item
-            return item
+            return _Prepared(source, key, lease, slide, tissue, identity, time.perf_counter() - began)
         except SlideBusyError as error:
             return _Settled(source, Outcome(source.relpath, key, "busy", error.code, str(error)))
         except EnvironmentFaultError:

@@ -26,7 +26,7 @@ from segmentation.examples import StoredExamples, save_example
 from segmentation.fit import Example, dice_of_labels
 from segmentation.heat import ProbabilityMap, write_heat
 from segmentation.prior import Prior
-from segmentation.refine import example_of, train_refiner
+from segmentation.refine import Refiner, example_of, train_refiner
 from segmentation.sampling import AnnotatedSlide, PatchIndex, SlidePatches, index_slide
 from segmentation.segmenter import CLASSIFIER_FILE, MODEL_FILE, REFINEMENT_FILE, write_model
 from segmentation.splits import Split, split_slides
@@ -80,11 +80,15 @@ def train(
         CohortError: too few slides or patients, or a class that none has.
         RunMismatchError: the folder was begun with other slides or settings.
         MissingWeightsError: the trunk's weights are not on this machine and cannot be fetched.
-        UsageError: the folder holds a whole model already.
+        UsageError: the folder holds a whole model already, or there is no such network.
     """
     folder = Path(folder)
     if (folder / MODEL_FILE).exists():
         raise UsageError(f"{folder}: holds a trained model already; choose another folder, or remove it to train again")
+    if config.method != "patches":
+        Refiner.untrained(
+            config.refinement, device="cpu"
+        )  # what cannot be built is said before the first stage is trained
     _begin(folder, slides, config)
     course = _Course(tuple(slides), config, folder, weights, watcher or SilentWatcher())
     about = course.run()
@@ -107,7 +111,8 @@ def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationC
     ]
     wanted = json.loads(json.dumps({"config": config.as_json(), "slides": drawn}))
     path = folder / _BEGUN
-    if not path.exists():
+    left = {each.name for each in folder.iterdir()} if folder.exists() else set()
+    if _BEGUN not in left or left == {_BEGUN}:  # or nothing came of it
         write_atomically(path, json.dumps(wanted, indent=1).encode())
         return
     try:
