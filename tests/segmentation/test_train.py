@@ -276,7 +276,7 @@ def test_a_refinement_whose_scores_were_not_written_is_trained_again(
 
 def _begun(slides: list[AnnotatedSlide], folder: Path) -> None:
     with pytest.raises(Stopped):
-        train(slides, CONFIG, folder, watcher=Watching("finding patches"))
+        train(slides, CONFIG, folder, watcher=Watching("fold 1 of 2: probability maps"))
 
 
 def test_other_settings_in_a_folder_that_was_begun_are_refused_by_name(
@@ -305,6 +305,27 @@ def test_other_slides_annotations_patients_or_order_in_a_folder_that_was_begun_a
             train(other, CONFIG, tmp_path / "m")
 
 
+def test_a_folder_in_which_nothing_came_about_can_be_begun_with_other_settings(
+    slides: list[AnnotatedSlide], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        train(slides, CONFIG, tmp_path / "m", watcher=Watching("finding patches"))
+    about = train(slides[1:], config("picture", fit=replace(CONFIG.fit, steps=1)), tmp_path / "m")
+    begun = json.loads((tmp_path / "m" / "training.json").read_text(encoding="utf-8"))
+    assert begun["config"] == json.loads(json.dumps(about["config"]))
+    assert len(begun["slides"]) == 5
+
+
+@pytest.mark.parametrize("refinement", [{"network": "u-nett"}, {"hyper": {"filterz": 3}}])
+def test_a_second_network_that_cannot_be_built_is_refused_before_the_first_is_trained(
+    refinement: dict[str, Any], slides: list[AnnotatedSlide], tmp_path: Path
+) -> None:
+    watcher = Watching()
+    with pytest.raises(UsageError):
+        train(slides, config(refinement=replace(CONFIG.refinement, **refinement)), tmp_path / "m", watcher=watcher)
+    assert watcher.stages == []
+
+
 def test_a_finished_folder_and_a_note_that_cannot_be_read_are_refused(
     cascade: Trained, slides: list[AnnotatedSlide], tmp_path: Path
 ) -> None:
@@ -312,6 +333,7 @@ def test_a_finished_folder_and_a_note_that_cannot_be_read_are_refused(
     with pytest.raises(UsageError, match="holds a trained model already"):
         train(slides, CONFIG, cascade.folder)
     assert (cascade.folder / "model.json").read_bytes() == before
+    (tmp_path / "work").mkdir()
     for text in ("{", "[]", '{"slides": {}}'):
         (tmp_path / "training.json").write_text(text, encoding="utf-8")
         with pytest.raises(RunMismatchError, match=r"training\.json: cannot be read"):
