@@ -63,6 +63,7 @@ class SegmentationConfig:
             )
         if self.refinement.heat != (self.method == "cascade"):
             raise UsageError(f"the refinement network sees a probability map in a cascade alone, not in {self.method}")
+        self.facts.tiling(steps=self.heat.steps, min_tissue=self.heat.min_tissue)
         if self.folds < 2 or not 0 <= self.validation < 1 or self.seed < 0:
             raise UsageError(
                 f"folds are 2 or more, validation is from 0 to below 1, seed from 0; got {self.folds}, {self.validation}, "

@@ -104,12 +104,15 @@ def segment_found(
     work = _Run(out, segmenter, options, observer, _names(found.sources))
     ledger = Ledger(found, out / "report.jsonl", lambda: work.timing, work.describe)
     observer.started(len(found.sources), sum(source.bytes for source in found.sources))
-    with disk_errors(out), ledger, closing(prefetch(lambda: work.prepared(found.sources), _AHEAD)) as prepared:
-        for item in prepared:
-            outcome = item.outcome if isinstance(item, _Settled) else work.segment(item)
-            ledger.add(outcome)
-            observer.slide_finished(item.source, outcome)
-        write_areas_csv(out / AREAS_FILE, _areas(out))
+    try:
+        with disk_errors(out), ledger, closing(prefetch(lambda: work.prepared(found.sources), _AHEAD)) as prepared:
+            for item in prepared:
+                outcome = item.outcome if isinstance(item, _Settled) else work.segment(item)
+                ledger.add(outcome)
+                observer.slide_finished(item.source, outcome)
+            write_areas_csv(out / AREAS_FILE, _areas(out, work.stems))
+    finally:
+        work.release_all()
     return ledger.report()
 
 
@@ -121,9 +124,9 @@ def _claim(out: Path, segmenter: Segmenter, options: RunOptions) -> None:
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            differs = [key for key in wanted if found.get(key) != wanted[key]]
+        except (OSError, ValueError, AttributeError) as error:
             raise StoreFormatError(f"{path}: cannot be read ({error}); remove it, or choose another OUT") from error
-        differs = [key for key in wanted if found.get(key) != wanted[key]]
         if differs:
             what = {
                 "model": "another model",
@@ -153,10 +156,13 @@ def _names(sources: Sequence[SlideSource]) -> dict[str, str]:
     return {key: name if again[name.casefold()] == 1 else slide_key(key) for key, name in named.items()}
 
 
-def _areas(out: Path) -> Iterator[tuple[str, ClassSummary]]:
-    """Those of all slides that ``out`` has results of, whichever run they are from."""
+def _areas(out: Path, stems: Mapping[str, Path]) -> Iterator[tuple[str, ClassSummary]]:
+    """Those of all slides that ``out`` has results of, whichever run they are from; under one name each."""
     for path in sorted(out.rglob(f"*{_DONE}")):
         facts = json.loads(path.read_text(encoding="utf-8"))
+        stem = stems.get(facts["slide"])
+        if stem is not None and path != stem.with_name(stem.name + _DONE):
+            continue  # of an earlier run, when no other slide had its name
         for area in facts["areas"]:
             known: dict[str, Any] = {name: math.nan if value is None else value for name, value in area.items()}
             yield facts["slide"], ClassSummary(**known)
@@ -195,6 +201,18 @@ class _Run:
         self._options = options
         self._observer = observer
         self._names = names
+        self.stems = {relpath: out / name for relpath, name in names.items()}
+        self._held: dict[str, _Prepared] = {}
+
+    def release_all(self) -> None:
+        """Give back what an aborted run still holds: the slides that were opened ahead."""
+        for item in list(self._held.values()):
+            self._release(item)
+
+    def _release(self, item: _Prepared) -> None:
+        item.slide.close()
+        item.lease.release()
+        self._held.pop(item.key, None)  # last: a signal may end this anywhere, and then `release_all` does it again
 
     @staticmethod
     def describe(timing: Timing) -> str:
@@ -202,7 +220,10 @@ class _Run:
 
     def prepared(self, sources: Sequence[SlideSource]) -> Iterator[_Prepared | _Settled]:
         for source in sources:
-            yield self._prepare(source)
+            item = self._prepare(source)
+            if isinstance(item, _Prepared):
+                self._held[item.key] = item
+            yield item
 
     def _prepare(self, source: SlideSource) -> _Prepared | _Settled:
         began, key = time.perf_counter(), slide_key(source.relpath)
@@ -210,7 +231,7 @@ class _Run:
         slide: Slide | None = None
         try:
             lease.acquire()
-            identity = fingerprint(source.location)
+            identity = {**fingerprint(source.location), "mpp": list(source.mpp) if source.mpp else None}
             known = self._done(source, identity)
             if known is not None:
                 lease.release()
@@ -231,12 +252,9 @@ class _Run:
             lease.release()
             return _Settled(source, failure(source, key, error, "prepare"))
 
-    def _stem(self, source: SlideSource) -> Path:
-        return self._out / self._names[source.relpath]
-
     def _done(self, source: SlideSource, identity: Mapping[str, object]) -> dict[str, Any] | None:
         """What an earlier run noted of this very file, if all that it wrote is there."""
-        stem = self._stem(source)
+        stem = self.stems[source.relpath]
         try:
             facts: dict[str, Any] = json.loads(stem.with_name(stem.name + _DONE).read_text(encoding="utf-8"))
             whole = all((stem.parent / name).exists() for name in facts["files"])
@@ -249,14 +267,14 @@ class _Run:
         stage = ["patches"]
         seconds = {"prepare": item.seconds}
         try:
-            with disk_errors(self._out), item.slide:
+            with disk_errors(self._out):
                 return self._segment(item, seconds, stage)
         except EnvironmentFaultError:
             raise
         except Exception as error:  # noqa: BLE001 - recorded, as `failure`
             return failure(item.source, item.key, error, stage[0])
         finally:
-            item.lease.release()
+            self._release(item)
 
     def _segment(self, item: _Prepared, seconds: dict[str, float], stage: list[str]) -> Outcome:
         slide, source = item.slide, item.source
@@ -273,7 +291,7 @@ class _Run:
             found: Found = self._segmenter.find(slide, heat)
         with timed("polygons"):
             annotations = outlines_of(found, self._options.results.polygons)
-        stem = self._stem(source)
+        stem = self.stems[source.relpath]
         with timed("writing"):
             written = write_results(
                 stem, slide, found, annotations, self._options.results,
@@ -313,14 +331,15 @@ class _Run:
             return None, 0.0
         path = self._out / "heat" / f"{self._names[item.source.relpath]}-{segmenter.heat_name(item.identity)}"
         grid = segmenter.grid(item.slide, item.tissue)
-        if path.exists():
-            self._observer.slide_started(item.source, len(grid), len(grid))
-            return ProbabilityMap.open(path), 0.0
-        self._observer.slide_started(item.source, len(grid), 0)
+        there = path.exists()
+        self._observer.slide_started(item.source, len(grid), len(grid) if there else 0)
         busy = segmenter.busy_s
-        heat = segmenter.score(
-            item.slide, path, grid=grid, watch=lambda count: self._observer.tiles_done(item.source, count)
-        )
+        if there:
+            heat = ProbabilityMap.open(path)
+        else:
+            heat = segmenter.score(
+                item.slide, path, grid=grid, watch=lambda count: self._observer.tiles_done(item.source, count)
+            )
         bad = len(heat.unreadable)
         if bad > self._options.max_unreadable * len(grid):
             raise TooManyBadTilesError(

@@ -34,7 +34,7 @@ def split_slides(
         validation: share of the patients.
 
     Raises:
-        CohortError: there are fewer patients than folds.
+        CohortError: there are fewer patients than folds, or so few that nothing is left to learn from.
     """
     names = sorted(set(patients))
     if len(names) < folds:
@@ -55,4 +55,12 @@ def split_slides(
     n_held = max(1, round(validation * len(names))) if validation else 0
     order = dealt()
     held = [order[int((i + 0.5) * len(order) / n_held)] for i in range(n_held)]
-    return Split(slides(held), parts)
+    split = Split(slides(held), parts)
+    for part in parts if folds > 1 else ((),):
+        if len({*part, *split.validation}) == len(patients):
+            raise CohortError(
+                f"{len(names)} patients with {n_held} held out for validation leave nothing to learn from"
+                + (f" beside a fold of {folds}" if folds > 1 else "")
+                + "; add slides of other patients, or set validation to 0"
+            )
+    return split

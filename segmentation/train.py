@@ -26,7 +26,7 @@ from segmentation.examples import StoredExamples, save_example
 from segmentation.fit import Example, dice_of_labels
 from segmentation.heat import ProbabilityMap, write_heat
 from segmentation.prior import Prior
-from segmentation.refine import example_of, train_refiner
+from segmentation.refine import Refiner, example_of, train_refiner
 from segmentation.sampling import AnnotatedSlide, PatchIndex, SlidePatches, index_slide
 from segmentation.segmenter import CLASSIFIER_FILE, MODEL_FILE, REFINEMENT_FILE, write_model
 from segmentation.splits import Split, split_slides
@@ -80,11 +80,15 @@ def train(
         CohortError: too few slides or patients, or a class that none has.
         RunMismatchError: the folder was begun with other slides or settings.
         MissingWeightsError: the trunk's weights are not on this machine and cannot be fetched.
-        UsageError: the folder holds a whole model already.
+        UsageError: the folder holds a whole model already, or there is no such network.
     """
     folder = Path(folder)
     if (folder / MODEL_FILE).exists():
         raise UsageError(f"{folder}: holds a trained model already; choose another folder, or remove it to train again")
+    if config.method != "patches":
+        Refiner.untrained(
+            config.refinement, device="cpu"
+        )  # what cannot be built is said before the first stage is trained
     _begin(folder, slides, config)
     course = _Course(tuple(slides), config, folder, weights, watcher or SilentWatcher())
     about = course.run()
@@ -95,20 +99,27 @@ def train(
 
 def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationConfig) -> None:
     """Note what is going to be learned from what; refuse a folder in which something else was begun."""
-    drawn = {
-        str(each.location): sha256("".join(sorted(str(a.id) for a in each.annotations)).encode()).hexdigest()[:16]
+    # In their order, as what training leaves on its way goes by number; and with what decides who is held out.
+    drawn = [
+        [
+            str(each.location),
+            each.mpp,
+            each.facts.get(config.patient),
+            sha256("".join(sorted(str(a.id) for a in each.annotations)).encode()).hexdigest()[:16],
+        ]
         for each in slides
-    }
+    ]
     wanted = json.loads(json.dumps({"config": config.as_json(), "slides": drawn}))
     path = folder / _BEGUN
-    if not path.exists():
+    left = {each.name for each in folder.iterdir()} if folder.exists() else set()
+    if _BEGUN not in left or left == {_BEGUN}:  # or nothing came of it
         write_atomically(path, json.dumps(wanted, indent=1).encode())
         return
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
         differs = [key for key in ("slides", "config") if begun[key] != wanted[key]]
         settings = [key for key, value in wanted["config"].items() if begun["config"].get(key) != value]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunMismatchError(f"{path}: cannot be read ({error}); remove {folder} and train again") from error
     if differs:
         what = "other slides or annotations" if "slides" in differs else f"other settings ({', '.join(settings)})"

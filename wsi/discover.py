@@ -76,7 +76,7 @@ def discover(
     Args:
         table: a CSV that says which slides below the folder to take, and what is known of them.
         pattern: only paths or names that match this glob, such as ``*.svs``.
-        out: where results will go, which must be another folder.
+        out: where results will go, which must be another folder; what lies in it is no slide.
 
     Raises:
         SlideNotFoundError: there is nothing at ``slides``.
@@ -94,7 +94,7 @@ def discover(
     if table is not None:
         found = Discovery(tuple(read_table(table, root=root if root.is_dir() else root.parent)))
     elif root.is_dir():
-        found = _scan(root)
+        found = _scan(root, out)
     elif root.suffix.lower() in (".csv", ".tsv"):
         found = Discovery(tuple(read_table(root, root=root.parent)))
     else:
@@ -168,7 +168,7 @@ def _place(name: str, root: Path) -> tuple[Path | str, str]:
         return location, location.as_posix()
 
 
-def _scan(root: Path) -> Discovery:
+def _scan(root: Path, out: Path | None) -> Discovery:
     sources: list[SlideSource] = []
     unlisted: list[Unlisted] = []
     seen: set[tuple[int, int]] = set()
@@ -201,6 +201,8 @@ def _scan(root: Path) -> Discovery:
                 files.append(path)
             elif (path / _STORE_FILE).exists():
                 unlisted.append(Unlisted(_rel(path, root), "a feature store"))
+            elif out is not None and path.resolve() == out.resolve():
+                unlisted.append(Unlisted(_rel(path, root), "the folder of results"))
             elif any((path / name).exists() for name in _ZARR_FILES):
                 sources.append(SlideSource(path, _rel(path, root)))
             elif not (path / "Slidedat.ini").exists():  # else the companion of a .mrxs file
