@@ -12,7 +12,7 @@ import torch
 from segmentation import export
 from segmentation.export import OnnxRunner
 from segmentation.refine import ExportedRefiner, Refiner
-from segmentation.segmenter import Segmenter
+from segmentation.segmenter import Segmenter, export_model
 from segmentation.train import train
 from tests.segmentation.trained import config, save_picture, slide
 from wsi.slide import Slide
@@ -42,14 +42,19 @@ def onnx_is(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_median_seconds", measured)
 
 
-@pytest.fixture
-def exported(trained: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+@pytest.fixture(scope="module")
+def onnx_model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A model whose second network ONNX Runtime was found faster for, and what was said."""
-    onnx_is(True, monkeypatch)
-    model = Path(shutil.copytree(trained, tmp_path / "model"))
-    code, said, error = command("wsi", "segment", "export", model)
-    assert (code, error) == (0, "")
-    return model, said
+    model = Path(shutil.copytree(trained, tmp_path_factory.mktemp("exported") / "model"))
+    with pytest.MonkeyPatch.context() as patch:
+        onnx_is(True, patch)
+        return model, "\n".join(export_model(model))
+
+
+@pytest.fixture
+def exported(onnx_model: tuple[Path, str], tmp_path: Path) -> tuple[Path, str]:
+    """The same, to be spoiled."""
+    return Path(shutil.copytree(onnx_model[0], tmp_path / "model")), onnx_model[1]
 
 
 def found_by(model: Path, picture: Path, scratch: Path, **options: Any) -> tuple[Segmenter, np.ndarray, np.ndarray]:
