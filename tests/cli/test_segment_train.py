@@ -155,7 +155,7 @@ def test_a_slide_that_cannot_be_learned_from_is_named_and_left_out(
 
 
 def test_annotations_of_no_slide_of_the_wanted_class_are_one_line_and_exit_code_2(command: Any, cohort: Path) -> None:
-    code, said, error = train(command, cohort, classes="tumor")
+    code, _, error = train(command, cohort, classes="tumor")
     assert code == 2
     assert error.startswith("BAD_COHORT: ")
     assert error.count("\n") == 1

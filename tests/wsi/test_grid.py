@@ -215,3 +215,24 @@ def test_values_refuse_nonsense() -> None:
         TileGrid(np.array([[1, 0]]), 4, (8, 8), (8, 8), (1, 1), level=1, downsample=(2, 2))
     with pytest.raises(ValueError, match="tissue fractions"):
         TileGrid(np.array([[0, 0]]), 4, (8, 8), (8, 8), (1, 1), tissue=np.ones(2, np.float32))
+
+
+def test_spare_decides_whether_a_level_of_the_wanted_resolution_is_read() -> None:
+    pyramid = Pyramid(((64_000, 48_000), (16_000, 12_000), (4_000, 3_000)), (0.25, 0.25))
+
+    def level(mpp: float, spare: float) -> int:
+        return cover(pyramid, Tiling(mpp=mpp, spare=spare)).level
+
+    assert [level(1.0, spare) for spare in (1, 2)] == [1, 0]
+    assert [level(4.0, spare) for spare in (1, 2, 4, 5)] == [2, 1, 1, 0]
+    assert level(0.98, 1) == 0  # a level that is too coarse is never read
+    as_it_stands = cover(pyramid, Tiling(mpp=1.0, spare=1))
+    assert (as_it_stands.side, as_it_stands.downsample) == ((1024, 1024), (4, 4))  # a pixel of the level for each of a tile
+    assert as_it_stands.mpp == (1.0, 1.0)
+    assert np.array_equal(as_it_stands.xy, cover(pyramid, Tiling(mpp=1.0, spare=2)).xy)
+
+
+@pytest.mark.parametrize("spare", [0.5, float("nan"), float("inf")])
+def test_spare_is_a_number_from_1(spare: float) -> None:
+    with pytest.raises(ValueError, match="spare must be a number from 1"):
+        Tiling(spare=spare)
