@@ -77,6 +77,7 @@ def figures_of(found: dict[str, object], name: str, *, reach: bool) -> list[Figu
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--slide", type=Path, help="made there if it is not there; a temporary file by default")
+    options.add_argument("--runtimes", default="auto,torch", help="auto: ONNX Runtime where it is faster; torch")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -87,7 +88,7 @@ def main() -> None:
         model.mkdir()
         make_model(model)
         figures = []
-        for runtime in ("auto",) if chosen.quick else ("auto", "torch"):
+        for runtime in ("auto",) if chosen.quick else chosen.runtimes.split(","):
             found = run(slide, model, folder / runtime, runtime)
             name = "fastest" if runtime == "auto" else "PyTorch alone"
             figures += figures_of(found, name, reach=runtime == "auto")
