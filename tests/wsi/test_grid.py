@@ -227,7 +227,10 @@ def test_spare_decides_whether_a_level_of_the_wanted_resolution_is_read() -> Non
     assert [level(4.0, spare) for spare in (1, 2, 4, 5)] == [2, 1, 1, 0]
     assert level(0.98, 1) == 0  # a level that is too coarse is never read
     as_it_stands = cover(pyramid, Tiling(mpp=1.0, spare=1))
-    assert (as_it_stands.side, as_it_stands.downsample) == ((1024, 1024), (4, 4))  # a pixel of the level for each of a tile
+    assert (as_it_stands.side, as_it_stands.downsample) == (
+        (1024, 1024),
+        (4, 4),
+    )  # a pixel of the level for each of a tile
     assert as_it_stands.mpp == (1.0, 1.0)
     assert np.array_equal(as_it_stands.xy, cover(pyramid, Tiling(mpp=1.0, spare=2)).xy)
 
