@@ -278,7 +278,7 @@ def _in_tiles(
     below, right = ys[-1] + side - height, xs[-1] + side - width
     image = np.pad(image, ((0, below), (0, right), (0, 0)), mode="edge")
     heat = np.pad(heat, ((0, 0), (0, below), (0, right)))
-    out = np.empty((1 + len(heat), height, width), np.float32)
+    out = np.empty((1 + len(config.classes), height, width), np.float32)
     with Blend(out, hann_window(side)) as blend:
         for y in ys:
             for x in xs:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segmentation import examples as module
 from segmentation.examples import StoredExamples, save_example
 from segmentation.fit import Example
 
@@ -56,7 +55,7 @@ def test_an_example_that_is_not_written_to_its_end_is_not_there(
             raise OSError(28, "no space left")
         save(path, values)
 
-    monkeypatch.setattr(module.np, "save", full)
+    monkeypatch.setattr(np, "save", full)
     with pytest.raises(OSError, match="no space left"):
         save_example(tmp_path / "a", example(0))
     assert list(tmp_path.iterdir()) == []

@@ -107,3 +107,31 @@ def test_weights_lie_in_memory_as_before_so_that_a_saved_network_answers_to_the_
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="schedule is constant or cosine, got 'linear'"):
         FitConfig(schedule="linear")  # type: ignore[arg-type]
+
+
+def test_an_example_without_heat_is_turned_and_seen_through_lenses_too() -> None:
+    example = example_of_a_disc(np.random.default_rng(0))
+    bare = replace(example, heat=np.empty((0, 64, 64), np.float32))
+    lenses = LensOptions(n=3, radius_px=(20, 30), strength=(-0.6, 0.6)).draw((64, 64), np.random.default_rng(1))
+    seen, with_heat = bare.through(lenses), example.through(lenses)
+    assert seen.heat.shape == (0, 64, 64)
+    np.testing.assert_array_equal(seen.image, with_heat.image)
+    np.testing.assert_array_equal(seen.mask, with_heat.mask)
+    assert not np.array_equal(seen.mask, example.mask)
+    assert bare.turned(1, True).heat.shape == (0, 64, 64)
+
+
+def test_an_example_that_is_not_square_keeps_its_shape_and_truth_stays_on_the_picture() -> None:
+    truth = Targets()
+    object.__setattr__(truth, "seen", [])
+
+    def wide(rng: np.random.Generator) -> Example:
+        example = example_of_a_disc(rng)
+        return Example(example.image[:40], example.heat[:, :40], example.mask[:40])
+
+    network = Watching()
+    fit(network, wide, FitConfig(8, 2, 1, augmentation=replace(STILL, turns=True), loss=truth))
+    turned = torch.cat(network.seen)
+    assert turned.shape == (16, 4, 40, 64)
+    assert torch.equal(turned[:, 3], torch.cat(truth.seen).float())
+    assert torch.equal(turned[:, 0] < 0.5, torch.cat(truth.seen) == 1)

@@ -1,5 +1,6 @@
 """Refinement: what it is given is what the paper gives it, it learns, and what is saved answers as what was trained."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +191,56 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
         Refiner.load(tmp_path / "bad.safetensors", device="cpu")
     with pytest.raises(ValueError, match="image, heat and mask"):
         Example(np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 5), np.float32), np.zeros((4, 4), np.uint8))
+
+
+def test_a_network_that_sees_no_map_is_given_the_picture_alone_and_looks_at_no_map(tmp_path: Path) -> None:
+    slide, seen = slide_of(), []
+    config = replace(TINY, heat=False)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        seen.append(x)
+        return np.stack([x[:, 1], 1 - x[:, 1]], axis=1)
+
+    for heat in (None, heat_of(slide)):
+        found = refine(ExportedRefiner(config, predict), slide, heat)
+        assert found.labels[16, 16] == 1
+        assert found.labels[0, 0] == 0
+    assert [x.shape for x in seen] == [(1, 3, 32, 32)] * 2
+    np.testing.assert_array_equal(seen[0], seen[1])
+    example = example_of(slide, None, [Annotation(shapely.box(40, 24, 120, 72), "tumour")], config)
+    assert example.heat.shape == (0, 32, 32)
+    assert np.array_equal(example.image[..., 1] < 100, example.mask == 1)
+    with pytest.raises(UsageError, match="this network sees a probability map beside the picture"):
+        refine(ExportedRefiner(TINY, predict), slide, None)
+    with pytest.raises(UsageError, match="give the first stage's"):
+        example_of(slide, None, [], TINY)
+
+
+def test_a_network_that_sees_no_map_learns_from_pictures_and_is_saved_as_such(tmp_path: Path) -> None:
+    def alone(rng: np.random.Generator) -> Example:
+        image = np.full((32, 32, 3), 240, np.uint8)
+        mask = np.zeros((32, 32), np.uint8)
+        y, x = rng.integers(2, 20, 2)
+        image[y : y + 10, x : x + 10], mask[y : y + 10, x : x + 10] = 90, 1
+        return Example(image, np.empty((0, 32, 32), np.float32), mask)
+
+    validation = [alone(np.random.default_rng(seed)) for seed in range(6)]
+    for config in (replace(TINY, heat=False), replace(TINY, heat=False, mpp=1.0, overlap_px=0)):
+        refiner, fitted = train_refiner(alone, config, replace(FAST, steps=40), validation, device="cpu")
+        assert max(score for _, score in fitted.scores) > 0.9
+    refiner.save(tmp_path / "r.safetensors")
+    assert Refiner.load(tmp_path / "r.safetensors", device="cpu").config.heat is False
+
+
+def test_an_exported_network_knows_what_the_saved_one_does_and_says_what_it_is_told(tmp_path: Path) -> None:
+    refiner = Refiner.untrained(replace(TINY, heat=False, mpp=4.0, overlap_px=8), device="cpu")
+    refiner.save(tmp_path / "r.safetensors")
+    exported = ExportedRefiner.of_file(tmp_path / "r.safetensors", refiner.predict)
+    loaded = Refiner.load(tmp_path / "r.safetensors", device="cpu")
+    assert exported.config == loaded.config
+    one, other = (refine(each, slide_of(), None).probabilities for each in (exported, loaded))
+    np.testing.assert_array_equal(one, other)
+    save_network(tmp_path / "bad.safetensors", "refinement", {"config": {"sides": 3}}, refiner.network)
+    for name, said in (("bad", "cannot be used as a refinement network"), ("none", "cannot be used as a network")):
+        with pytest.raises(ModelMismatchError, match=said):
+            ExportedRefiner.of_file(tmp_path / f"{name}.safetensors", refiner.predict)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 
 import segmentation.train as module
 from segmentation.classifier import PatchClassifier
+from segmentation.classifier_training import train_classifier
 from segmentation.config import METHODS, Method
-from segmentation.heat import ProbabilityMap
+from segmentation.heat import ProbabilityMap, write_heat
 from segmentation.polygons import PolygonOptions
-from segmentation.refine import Refiner
+from segmentation.refine import Refiner, train_refiner
 from segmentation.results import outlines_of
 from segmentation.sampling import AnnotatedSlide, PatchIndex
 from segmentation.segmenter import Segmenter
@@ -93,7 +95,6 @@ def _recorded(slides: list[AnnotatedSlide], method: Method, folder: Path) -> Tra
     scored: list[str] = []
     scored_by: list[int] = []
     watcher = Watching()
-    fit, write = module.train_classifier, module.write_heat
 
     def names(index: PatchIndex | None) -> set[str]:
         return set() if index is None else {Path(each.slide.location).name for each in index.slides}
@@ -101,12 +102,12 @@ def _recorded(slides: list[AnnotatedSlide], method: Method, folder: Path) -> Tra
     def recording_fit(classifier: Any, index: PatchIndex, options: Any, validation: PatchIndex | None = None) -> Any:
         learned.append(names(index))
         judged.append(names(validation))
-        return fit(classifier, index, options, validation)
+        return train_classifier(classifier, index, options, validation)
 
     def recording_write(path: Path, opened: Slide, *rest: Any, **named: Any) -> ProbabilityMap:
         scored.append(opened.name)
         scored_by.append(len(learned) - 1)
-        return write(path, opened, *rest, **named)
+        return write_heat(path, opened, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "train_classifier", recording_fit)
@@ -202,13 +203,12 @@ def test_the_refinement_is_trained_on_slides_that_are_not_for_validation(
     slides: list[AnnotatedSlide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[bytes]] = {}
-    fit = module.train_refiner
 
     def recording(draw: Any, options: Any, fit_options: Any, validation: Any, **named: Any) -> Any:
         rng = np.random.default_rng(0)
         seen["learned"] = {draw(rng).image.tobytes() for _ in range(60)}
         seen["validation"] = {each.image.tobytes() for each in validation}
-        return fit(draw, options, fit_options, validation, **named)
+        return train_refiner(draw, options, fit_options, validation, **named)
 
     monkeypatch.setattr(module, "train_refiner", recording)
     short = config("picture", fit=replace(CONFIG.fit, steps=1))
@@ -239,14 +239,14 @@ def test_training_goes_on_after_a_kill_and_ends_with_the_same_weights(
     assert not [path for path in before if path.name.endswith(".partial")]
     again = Watching()
     written: dict[Path, int] = {}
-    remove = module.shutil.rmtree
+    remove = shutil.rmtree
 
     def looking(path: Path, **named: Any) -> None:
         written.update({each: each.stat().st_mtime_ns for each in before if each.exists()})
         remove(path, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.shutil, "rmtree", looking)
+        patch.setattr(shutil, "rmtree", looking)
         about = train(slides, CONFIG, folder, watcher=again)
     assert written == before  # nothing that was there is made anew
     assert [note for note in again.notes if "there already" in note] == there

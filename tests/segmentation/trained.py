@@ -54,7 +54,7 @@ def picture(seed: int) -> NDArray[np.uint8]:
         x0, y0, x1, y1 = (int(value) for value in shape.bounds)
         pixels[y0:y1, x0:x1] = colour
     pixels += rng.normal(0, 8, pixels.shape)
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(pixels, 0, 255), np.uint8)
 
 
 def save_picture(path: Path, seed: int) -> Path:
