@@ -40,8 +40,19 @@ def prototypes_are_the_kinds_of_tissue(said: str) -> None:
     assert float(found) > 0.7
 
 
+def both_stages_are_better_than_patches(said: str) -> None:
+    (dice,) = re.findall(r"^cascade: Dice (\d\.\d+) on 4 slides", said, re.MULTILINE)
+    assert float(dice) > 0.85
+    (more,) = re.findall(r"cascade more than patches: ([+-]\d\.\d+)", said)
+    assert float(more) > 0
+
+
 # What the printed words of each have to show.
-PROMISES = {"mil.ipynb": attention_finds_the_tumour, "prototypes.ipynb": prototypes_are_the_kinds_of_tissue}
+PROMISES = {
+    "mil.ipynb": attention_finds_the_tumour,
+    "prototypes.ipynb": prototypes_are_the_kinds_of_tissue,
+    "segmentation.ipynb": both_stages_are_better_than_patches,
+}
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.name)
