@@ -52,15 +52,15 @@ class Size:
 
     train: int = 24
     test: int = 12
-    width: int = 10_240
-    height: int = 8_192
-    epochs: int = 3
+    width: int = 6_144
+    height: int = 5_120
+    epochs: int = 4
     patches: int = 640
-    side_px: int = 256
-    steps: int = 400
+    side_px: int = 96
+    steps: int = 300
 
 
-QUICK = Size(train=6, test=3, width=4096, height=3072, epochs=1, patches=128, side_px=128, steps=40)
+QUICK = Size(train=6, test=3, width=4096, height=3072, epochs=1, patches=128, side_px=96, steps=40)
 
 
 def spec_of(number: int, size: Size) -> PhantomSpec:
@@ -97,12 +97,12 @@ def config_of(size: Size) -> SegmentationConfig:
     base = SegmentationConfig.of_classes((CLASS,))
     return replace(
         base,
-        network=NetworkOptions("timm:mobilenetv3_small_050", random_seed=0),
+        network=NetworkOptions("timm:resnet10t", random_seed=0),
         classifier=ClassifierTraining(
             epochs=size.epochs, patches=size.patches, validation_patches=size.patches // 2, lr=1e-3
         ),
         refinement=replace(
-            base.refinement, side_px=size.side_px, hyper={"filters": (8, 16, 32, 64, 64, 64, 64), "norm": "batch"}
+            base.refinement, side_px=size.side_px, hyper={"filters": (16, 32, 64, 64, 64, 64), "norm": "batch"}
         ),
         fit=FitConfig(steps=size.steps, batch_size=6, accumulate=1, learning_rate=1e-3, validate_every=20, patience=10),
     )
