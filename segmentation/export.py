@@ -39,6 +39,7 @@ _FAULTS = (
     "InvalidArgument",
     "InvalidGraph",
     "InvalidProtobuf",
+    "NoSuchFile",
     "NotImplemented",
 )  # of loading; not RuntimeErrors
 _EXTRA = "pip install 'wsi-engine[onnx]'"
