@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-from cli.console import PatientConsole, say
+from cli.console import PatientConsole, WithBars, say
 from features.keys import slide_path
 
 if TYPE_CHECKING:
@@ -13,32 +13,20 @@ if TYPE_CHECKING:
 __all__ = ["Bar", "tell"]
 
 
-class Bar:
+class Bar(WithBars):
     """A bar on a terminal, nothing elsewhere."""
 
     def __init__(self, console: PatientConsole, what: str, total: int, unit: str) -> None:
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[said]}"),
-                TimeElapsedColumn(), console=console, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task(what, total=total, said="")
+        super().__init__(
+            console, TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+            TextColumn("{task.fields[said]}"), TimeElapsedColumn(),
+        )  # fmt: skip
+        self._task = self.bars.add_task(what, total=total, said="")
 
     def step(self, completed: int | None = None, said: str = "") -> None:
         """One more is done, or so many."""
-        if self._bar is not None:
-            advance = 1 if completed is None else None
-            self._bar.update(self._task, advance=advance, completed=completed, said=said)
-
-    def __enter__(self) -> "Bar":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        advance = 1 if completed is None else None
+        self.bars.update(self._task, advance=advance, completed=completed, said=said)
 
 
 def tell(console: PatientConsole, report: "EmbedReport") -> int:

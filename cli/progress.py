@@ -2,12 +2,12 @@
 
 import time
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from cli.console import WithBars
 from wsi.discover import SlideSource
 
 if TYPE_CHECKING:
@@ -26,56 +26,38 @@ class _Running:
     total: int
     first: int
     began: float
-    bar: TaskID | None
+    bar: TaskID
     done: int = 0
 
 
-class CohortProgress:
+class CohortProgress(WithBars):
     """Shows a cohort's progress; an ``Observer`` of ``features.cohort``.
 
     Time left is judged by bytes of slides, the one measure of work that is known before slides are opened.
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars: Progress | None = None
-        if console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
-                console=console, transient=True,
-            )  # fmt: skip
-        self._slides: TaskID | None = None
+        super().__init__(
+            console, TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
+        )  # fmt: skip
+        self._slides = self.bars.add_task("slides", rate="", left="")
         self._running: dict[str, _Running] = {}  # by path: several devices have several at once
         self._n_slides = self._n_finished = 0
         self._bytes_total = self._bytes_done = self._bytes_worked = 0
         self._tiles_run = 0
         self._began = self._last_line = time.monotonic()
 
-    def __enter__(self) -> "CohortProgress":
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
     def started(self, sources: int, total_bytes: int) -> None:
         self._n_slides, self._bytes_total = sources, total_bytes
         self._began = self._last_line = time.monotonic()
-        if self._bars is not None:
-            self._slides = self._bars.add_task("slides", total=sources, rate="", left="")
-        else:
+        self.bars.update(self._slides, total=sources)
+        if not self.shown:
             self._console.print(f"{sources} slides, {total_bytes / 1e9:.2f} GB", highlight=False)
 
     def slide_started(self, source: SlideSource, tiles: int, first: int) -> None:
         self._take_down(source)  # its bar, if it begins again because the process that had it died
-        bar = None
-        if self._bars is not None:
-            bar = self._bars.add_task(_short(source.relpath), total=tiles, completed=first, rate="", left="")
+        bar = self.bars.add_task(_short(source.relpath), total=tiles, completed=first, rate="", left="")
         self._running[source.relpath] = _Running(tiles, first, time.monotonic(), bar)
 
     def tiles_done(self, source: SlideSource, count: int) -> None:
@@ -84,9 +66,8 @@ class CohortProgress:
         slide.done += count
         rate = slide.done / max(1e-6, now - slide.began)
         left = _left((slide.total - slide.first - slide.done) / max(rate, 1e-6))
-        if self._bars is not None and slide.bar is not None:
-            self._bars.update(slide.bar, advance=count, rate=f"{rate:.0f} tiles/s", left=left)
-        elif now - self._last_line > _LINE_EVERY_S:
+        self.bars.update(slide.bar, advance=count, rate=f"{rate:.0f} tiles/s", left=left)
+        if not self.shown and now - self._last_line > _LINE_EVERY_S:
             self._last_line = now
             done = slide.first + slide.done
             self._line(f"{source.relpath}: {done} of {slide.total} tiles, {rate:.0f} tiles/s, {left}")
@@ -101,22 +82,20 @@ class CohortProgress:
         # Slides that were there already cost nothing: only the pace of those worked on says how long the rest takes.
         left_s = (self._bytes_total - self._bytes_done) * elapsed / self._bytes_worked if self._bytes_worked else None
         left = "" if left_s is None else _left(left_s)
-        if self._bars is not None and self._slides is not None:
-            self._bars.update(
-                self._slides, advance=1, rate=f"{self._tiles_run / max(elapsed, 1e-6):.0f} tiles/s", left=left
-            )
+        rate = f"{self._tiles_run / max(elapsed, 1e-6):.0f} tiles/s"
+        self.bars.update(self._slides, advance=1, rate=rate, left=left)
         words = [_MARKS.get(outcome.status, outcome.status)]
         if outcome.status == "done":
             words.append(f"{outcome.facts['n_tiles']} tiles, {outcome.facts['tiles_per_s']:.0f} tiles/s")
         if outcome.status == "failed":
             words.append(f"{outcome.code}: {outcome.message}")
-        tail = f" ({left})" if left and self._bars is None and self._n_finished < self._n_slides else ""
+        tail = f" ({left})" if left and not self.shown and self._n_finished < self._n_slides else ""
         self._line(f"[{self._n_finished}/{self._n_slides}] {source.relpath}: {', '.join(words)}{tail}")
 
     def _take_down(self, source: SlideSource) -> None:
         slide = self._running.pop(source.relpath, None)
-        if self._bars is not None and slide is not None and slide.bar is not None:
-            self._bars.remove_task(slide.bar)
+        if slide is not None:
+            self.bars.remove_task(slide.bar)
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

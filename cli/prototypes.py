@@ -1,6 +1,5 @@
 """wsi prototypes: typical tiles of a cohort, and with them one vector for each slide."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import click
 from cli.console import PatientConsole, say
 from cli.embedding import Bar, tell
 from features.keys import slide_path
+from wsi.settings import pairs_of_words
 
 __all__ = ["prototypes"]
 
@@ -177,7 +177,7 @@ def embed(
         from features.store import FeatureStore
         from mil.prototypes import Prototypes, build_embedder, embed_slides
 
-        embedder = build_embedder(method, **_settings(settings))
+        embedder = build_embedder(method, **dict(pairs_of_words(settings, where="--set")))
         fitted = None if path is None else Prototypes.load(path)
         opened = FeatureStore(store)
     with Bar(console, "embedding", len(opened), "slides") as bar:
@@ -285,19 +285,6 @@ def show(
     if failed:
         return 4 if len(failed) == len(survey.slides) else 3
     return 0
-
-
-def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    found = {}
-    for pair in pairs:
-        key, equals, word = pair.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set {pair}: write KEY=VALUE")
-        try:
-            found[key] = json.loads(word)
-        except ValueError:
-            found[key] = word  # a word needs no quotes
-    return found
 
 
 def _numbers(words: str) -> list[int]:

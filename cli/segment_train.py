@@ -3,17 +3,16 @@
 import os
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-from cli.console import PatientConsole, say
+from cli.console import PatientConsole, WithBars, say
 from cli.options import MppType, words_of
 from cli.run import EXIT_CODES
 from wsi.discover import discover
-from wsi.settings import changed, read_values, values_of_words
+from wsi.settings import changed, nested, read_values, values_of_words
 
 if TYPE_CHECKING:
     from segmentation.config import SegmentationConfig  # would load torch for every --help
@@ -124,50 +123,31 @@ def _config_of(classes: tuple[str, ...], values: dict[str, Any]) -> "Segmentatio
         ("refinement.side_px", values["side_px"]),
         *((name, values["seed"]) for name in ("seed", "patches.seed", "classifier.seed", "fit.seed")),
     )
-    given = values_of_words(
-        (f"{key}={value}".replace("=True", "=true") for key, value in flags if value is not None), where="flags"
-    )
+    given = nested(((key, value) for key, value in flags if value is not None), where="flags")
     return changed(config, given, where="flags")
 
 
-class _TrainingProgress:
+class _TrainingProgress(WithBars):
     """On a terminal a bar a stage, elsewhere now and then a line; a ``Watcher`` of ``segmentation.train``."""
 
     def __init__(self, console: PatientConsole) -> None:
-        self._console = console
+        super().__init__(
+            console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[said]}"), TimeElapsedColumn(),
+        )  # fmt: skip
         self._title, self._total, self._unit = "", 0, ""
         self._last_line = 0.0
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-                TextColumn("{task.fields[said]}"), TimeElapsedColumn(), console=console, transient=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> "_TrainingProgress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def stage(self, title: str, total: int, unit: str) -> None:
         self._title, self._total, self._unit, self._last_line = title, total, unit, time.monotonic()
-        if self._bar is None:
+        if not self.shown:
             say(self._console, f"{title}: {total} {unit}")
-            return
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
-        self._bar.add_task(title, total=total, unit=unit, said="")
+        self.clear()
+        self.bars.add_task(title, total=total, unit=unit, said="")
 
     def step(self, done: int, said: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[-1], completed=done, said=said)
-        elif time.monotonic() - self._last_line > _LINE_EVERY_S:
+        self.bars.update(self.bars.task_ids[-1], completed=done, said=said)
+        if not self.shown and time.monotonic() - self._last_line > _LINE_EVERY_S:
             self._last_line = time.monotonic()
             say(self._console, f"{self._title}: {done} of {self._total} {self._unit}, {said}")
 

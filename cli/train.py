@@ -38,7 +38,9 @@ def train(store: Path, table: Path, run: Path, encoder: tuple[str, ...], tensorb
         cohort = Cohort.from_store(store, table, labels_of(values), encoder=encoder or None)
     say(console, cohort.describe())
     with ExitStack() as opened:
-        observers: list[Observer] = [opened.enter_context(Progress(console, config, shown=max(2, len(cohort.tasks))))]
+        observers: list[Observer] = [
+            opened.enter_context(Progress(console, config, n_metrics=max(2, len(cohort.tasks))))
+        ]
         if tensorboard:
             observers.append(opened.enter_context(Scalars(run / "tensorboard")))
         result = cross_validate(cohort, config, out=run, observer=Observers(observers))

@@ -1,17 +1,16 @@
 """Flags that say what is learned from whom and how, shared by wsi train and wsi tune; and how its going is told."""
 
-import json
 import time
+from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
 
-from cli.console import PatientConsole, say
+from cli.console import PatientConsole, WithBars, say
 from cli.options import stack
+from wsi.settings import pairs_of_words
 
 if TYPE_CHECKING:
     from mil import Labels
@@ -106,66 +105,42 @@ def config_of(values: dict[str, Any]) -> "TrainConfig":
     from mil import TrainConfig
 
     base = TrainConfig() if values["config"] is None else TrainConfig.read(values["config"])
-    settings = json.loads(base.to_json())
-    for pair in values["settings"]:
-        key, equals, word = pair.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set {pair}: write KEY=VALUE")
-        try:
-            value = json.loads(word)
-        except ValueError:
-            value = word  # a word needs no quotes
+    settings = asdict(base)
+    for key, value in pairs_of_words(values["settings"], where="--set"):
         if key.startswith("hyper."):
             settings["hyper"][key.removeprefix("hyper.")] = value
         else:
             settings[key] = value
     flags = ("model", "folds", "members", "epochs", "fusion", "seed", "device", "split_by")
     settings |= {key: values[key] for key in flags if values[key] is not None}
-    return TrainConfig.from_json(json.dumps(settings), where="--set")
+    return TrainConfig.of_values(settings, where="--set")
 
 
-class Progress:
+class Progress(WithBars):
     """A line a fold with its first metrics, and on a terminal a bar of the epochs; an ``Observer`` of ``mil.train``."""
 
-    def __init__(self, console: PatientConsole, config: "TrainConfig", *, shown: int) -> None:
-        self._console = console
-        self._shown = shown
+    def __init__(self, console: PatientConsole, config: "TrainConfig", *, n_metrics: int) -> None:
+        super().__init__(
+            console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
+            TextColumn("{task.fields[loss]}"), TimeElapsedColumn(),
+        )  # fmt: skip
+        self._n_metrics = n_metrics
         self._members = config.members
         self._prefix = ""
         self._began = time.monotonic()
-        self._bar: RichProgress | None = None
-        if console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
-                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), console=console, transient=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def fold_started(self, fold: "Fold", number: int, total: int) -> None:
         self._prefix = f"[{number + 1}/{total}] fold {fold.name}"
         self._began = time.monotonic()
-        if self._bar is not None:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._bar.add_task(self._prefix, total=None, loss="")
+        self.clear()
+        self.bars.add_task(self._prefix, total=None, loss="")
 
     def epoch_done(self, fold: "Fold", epoch: "Epoch") -> None:
-        if self._bar is not None:
-            done = epoch.member * epoch.planned + epoch.epoch  # a model that stopped early has none left
-            loss = f"loss {epoch.loss:.3f}, validation {epoch.stop_loss:.3f}"
-            self._bar.update(self._bar.task_ids[-1], completed=done, total=epoch.planned * self._members, loss=loss)
+        done = epoch.member * epoch.planned + epoch.epoch  # a model that stopped early has none left
+        loss = f"loss {epoch.loss:.3f}, validation {epoch.stop_loss:.3f}"
+        self.bars.update(self.bars.task_ids[-1], completed=done, total=epoch.planned * self._members, loss=loss)
 
     def fold_finished(self, fold: "Fold", metrics: dict[str, float], *, resumed: bool) -> None:
-        words = ", ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[: self._shown])
+        words = ", ".join(f"{name} {value:.3f}" for name, value in list(metrics.items())[: self._n_metrics])
         when = "there already" if resumed else f"{time.monotonic() - self._began:.0f} s"
         say(self._console, f"{self._prefix}: {words} ({len(fold.train)} trained on, {len(fold.test)} tested, {when})")

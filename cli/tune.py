@@ -58,7 +58,7 @@ def tune(store: Path, table: Path, out: Path, encoder: tuple[str, ...], **values
         tuning.search(cohort, config, **searched)
         say(console, "settings found; test them on other patients, for these helped to choose them")
     else:
-        with Progress(console, config, shown=max(2, len(cohort.tasks))) as progress:
+        with Progress(console, config, n_metrics=max(2, len(cohort.tasks))) as progress:
             found = tuning.tune(cohort, config, observer=progress, **searched)
         say(console, "settings searched anew in each fold, and tested on patients that neither search nor models saw:")
         say(console, found.result.summary())

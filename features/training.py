@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wsi.errors import DivergedError
-
-__all__ = ["DivergedError", "cosine_schedule", "follow", "half_precision", "parameter_groups"]
+__all__ = ["cosine_schedule", "follow", "half_precision", "parameter_groups"]
 
 
 @torch.no_grad()

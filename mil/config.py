@@ -4,12 +4,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from mil.cohort import Fusion
 from wsi.errors import UsageError
+from wsi.settings import check_known, read_values, values_from_json
 
 __all__ = ["Loss", "Pace", "SplitBy", "TrainConfig"]
 
@@ -147,30 +147,25 @@ class TrainConfig:
         Raises:
             UsageError: no JSON object, an unknown key, or a value out of range.
         """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"{where}: no JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise UsageError(f"{where}: a JSON object is needed, not {type(values).__name__}")
-        known = [each.name for each in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = get_close_matches(key, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-                raise UsageError(f"{where}: unknown setting {key!r}; {hint}")
-        try:
-            return cls(**values)
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
+        return cls.of_values(values_from_json(text, where=where), where=where)
 
     @classmethod
     def read(cls, path: str | Path) -> "TrainConfig":
         """Settings from a JSON file."""
+        return cls.of_values(read_values(Path(path)), where=str(path))
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any], *, where: str) -> "TrainConfig":
+        """Settings by name; those left out have their defaults.
+
+        Raises:
+            UsageError: an unknown name, or a value out of range.
+        """
+        check_known(values, [each.name for each in fields(cls)], where=where)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"), where=str(path))
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+            return cls(**values)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,7 +1,5 @@
 """Predictor: a trained run applied to a store: answers, doubt, and what they rest on."""
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +21,7 @@ from mil.sources import BagSource, StoreSource, pool_bags
 from mil.table import SlideTable
 from mil.train import pick_device
 from mil.uncertainty import Conformal, Doubt, doubt
-from wsi._files import write_atomically
+from wsi._files import write_table
 from wsi.errors import NotExtractedError, RunMismatchError, SlideError
 from wsi.heatmap import Heatmap
 from wsi.slide import Overview, Slide
@@ -56,17 +54,15 @@ class Answers:
         head = ["case", "patient", "models", "answer", *rows.columns]
         if self.doubt is not None:
             head += ["doubt", "disagreement", "set at 90%"]
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(head)
+        lines = []
         for i, name in enumerate(rows.names):
             numbers = [f"{value:.6g}" for value in rows.answers[i]]
             line = [name, rows.patients[i], rows.folds[i], self.answer(i), *numbers]
             if self.doubt is not None and self.sets is not None:
                 held = [rows.target.classes[k] for k in np.flatnonzero(self.sets[i])]
                 line += [f"{self.doubt.total[i]:.4f}", f"{self.doubt.disagreement[i]:.4f}", " | ".join(held)]
-            writer.writerow(line)
-        write_atomically(path, buffer.getvalue().encode())
+            lines.append(line)
+        write_table(path, head, lines)
 
     def answer(self, index: int) -> str:
         """The likeliest class, or the value or risk."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from features.keys import safe_name
 from mil.target import Target
-from wsi._files import write_atomically
+from wsi._files import write_table
 from wsi.errors import BadFeaturesError
 
 __all__ = ["Predictions", "file_name", "stack"]
@@ -92,13 +92,11 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """As CSV; what is read back is equal bit for bit."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow((*_FIXED, *self.columns))
+        rows = []
         for i, name in enumerate(self.names):
             row = (name, self.patients[i], self.folds[i], _true(self.target, self.y[i]), int(self.event[i]))
-            writer.writerow((*row, *(repr(float(value)) for value in self.answers[i])))
-        write_atomically(path, buffer.getvalue().encode())
+            rows.append((*row, *(repr(float(value)) for value in self.answers[i])))
+        write_table(path, (*_FIXED, *self.columns), rows)
 
     @classmethod
     def read(cls, path: Path, target: Target) -> "Predictions":

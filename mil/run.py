@@ -18,7 +18,6 @@ With several targets there is a ``predictions-TARGET.csv`` for each, ``cohort.cs
 """
 
 import csv
-import io
 import json
 import os
 import platform
@@ -43,11 +42,11 @@ from mil.result import Result
 from mil.splits import Fold, make_folds
 from mil.target import Target, Task, parse_value
 from mil.train import Epoch, Observer, TrainedFold, train_fold
-from wsi._files import fsync_folder, fsync_tree, write_atomically
+from wsi._files import fsync_folder, fsync_tree, nan_as_none, write_atomically, write_table
 from wsi._version import __version__
 from wsi.errors import NotExtractedError, RunMismatchError, StoreFormatError
 
-__all__ = ["FORMAT_VERSION", "RunFolder", "cross_validate", "run_folds", "write_table"]
+__all__ = ["FORMAT_VERSION", "RunFolder", "cross_validate", "run_folds"]
 
 FORMAT_VERSION = 2  # 2: several targets
 _PACKAGES = ("torch", "numpy", "scikit-learn", "lifelines", "scipy", "zarr")
@@ -194,7 +193,7 @@ class RunFolder:
             about = {
                 "fold": trained.fold.name,
                 "members": len(trained.members),
-                "metrics": _by_task(self.targets, [_finite(measure(each)) for each in trained.tasks]),
+                "metrics": _by_task(self.targets, [nan_as_none(measure(each)) for each in trained.tasks]),
             }
             write_atomically(staging / "metrics.json", json.dumps(about, indent=1).encode())
             fsync_tree(staging)
@@ -237,8 +236,8 @@ class RunFolder:
         summaries = []
         for each in result.tasks.values():
             each.predictions.write(self.root / file_name(each.target, len(self.targets)))
-            folds = {fold: _finite(metrics) for fold, metrics in each.metrics().items()}
-            pooled = {name: _finite(value._asdict()) for name, value in each.intervals().items()}
+            folds = {fold: nan_as_none(metrics) for fold, metrics in each.metrics().items()}
+            pooled = {name: nan_as_none(value._asdict()) for name, value in each.intervals().items()}
             summaries.append({"folds": folds, "pooled": pooled})
         write_atomically(self.root / "metrics.json", json.dumps(_by_task(self.targets, summaries), indent=1).encode())
 
@@ -279,20 +278,6 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: value if value == value else None for name, value in metrics.items()}  # noqa: PLR0124
-
-
-def write_table(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A CSV, whole or not there."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    write_atomically(path, buffer.getvalue().encode())
 
 
 def _write_cases(path: Path, cases: Cases) -> None:
@@ -356,7 +341,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _epoch(row: dict[str, str]) -> Epoch:
-    lr, loss, stop_loss = (float(row[key]) for key in ("lr", "loss", "stop_loss"))
+    lr, loss, stop_loss = (float(row[key] or "nan") for key in ("lr", "loss", "stop_loss"))
     member, epoch, planned = (int(row[key]) for key in ("member", "epoch", "planned"))
     return Epoch(member, epoch, planned, lr, loss, stop_loss, row["kept"] == "True")
 

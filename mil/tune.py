@@ -26,10 +26,10 @@ from mil.cohort import Cases, Cohort
 from mil.config import TrainConfig
 from mil.metrics import primary
 from mil.result import Result
-from mil.run import run_folds, write_table
+from mil.run import run_folds
 from mil.splits import Fold, make_folds, validation_parts
 from mil.train import Observer, TrainedFold, train_fold
-from wsi._files import write_atomically
+from wsi._files import write_atomically, write_table
 from wsi.errors import DivergedError, EnvironmentFaultError, RunMismatchError, StoreFormatError, UsageError
 
 if TYPE_CHECKING:

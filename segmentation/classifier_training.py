@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from features.encoder import resolve_device
 from features.extract import prefetch
-from features.training import DivergedError, cosine_schedule, half_precision, parameter_groups
+from features.training import cosine_schedule, half_precision, parameter_groups
 from segmentation.augment import Augmentation, augment
 from segmentation.classifier import PatchClassifier
 from segmentation.sampling import Draw, PatchBatch, PatchIndex, read_patches, weigh_hard, weigh_regions
-from wsi.errors import RunMismatchError, UsageError
+from wsi.errors import DivergedError, RunMismatchError, UsageError
 
 __all__ = ["ClassifierEpoch", "ClassifierTraining", "balanced_loss", "train_classifier"]
 

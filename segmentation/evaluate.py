@@ -1,12 +1,10 @@
 """Evaluation: what was found on slides against what people drew on them, class by class, with intervals over slides."""
 
-import csv
-import io
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +15,7 @@ from segmentation.metrics import Interval, compare_maps, compare_objects, interv
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
 from segmentation.sampling import IGNORED
-from wsi._files import write_atomically
+from wsi._files import nan_as_none, write_atomically, write_table
 from wsi.annotation import Annotation
 from wsi.annotations import check_annotations, match_annotations, read_annotations
 from wsi.errors import UsageError
@@ -100,25 +98,13 @@ class Evaluation:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write ``scores.csv``, a row a slide and class, and ``summary.json`` with intervals, options and notes."""
         folder = Path(folder)
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, [field.name for field in fields(Score)], lineterminator="\n")
-        writer.writeheader()
-        for score in self.scores:
-            writer.writerow({key: "" if _is_nan(value) else value for key, value in asdict(score).items()})
-        write_atomically(folder / "scores.csv", buffer.getvalue().encode())
+        write_table(folder / "scores.csv", [field.name for field in fields(Score)], map(astuple, self.scores))
         summary = {
-            name: {
-                metric: {k: None if _is_nan(v) else v for k, v in found._asdict().items()}
-                for metric, found in row.items()
-            }
+            name: {metric: nan_as_none(found._asdict()) for metric, found in row.items()}
             for name, row in self.summary().items()
         }
         content = {"classes": summary, "options": asdict(self.options), "notes": self.notes}
         write_atomically(folder / "summary.json", json.dumps(content, indent=1, allow_nan=False).encode())
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 def evaluate_slide(

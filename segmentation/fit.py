@@ -13,7 +13,7 @@ from features.training import cosine_schedule
 from segmentation.augment import Augmentation, Lenses, augment
 from segmentation.losses import IGNORE, SegmentationLoss
 from segmentation.models import SegmentationModel
-from wsi.errors import UsageError
+from wsi.errors import DivergedError
 
 __all__ = ["Draw", "Example", "FitConfig", "Fitted", "Watch", "as_input", "dice_of_labels", "fit", "mean_dice"]
 
@@ -135,7 +135,8 @@ def fit(
         watch: is called after each step.
 
     Raises:
-        UsageError: the loss is not finite, or a mask has labels that the network has not.
+        DivergedError: the loss is not finite.
+        UsageError: a mask has labels that the network has not.
     """
     config = config or FitConfig()
     device = next(network.parameters()).device
@@ -159,7 +160,7 @@ def fit(
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
             if not np.isfinite(total):
-                raise UsageError(f"the loss is {total} at step {step}; lower learning_rate")
+                raise DivergedError(f"the loss is {total} at step {step}: training diverged; lower learning_rate")
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()

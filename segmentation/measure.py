@@ -1,17 +1,16 @@
 """ClassSummary: what was found of each class, counted and measured; tables as CSV."""
 
-import csv
-import io
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import shapely
 
-from wsi._files import write_atomically
+from wsi._files import nan_as_none, write_table
 from wsi.annotation import Annotation
 
 __all__ = ["ClassSummary", "summarize", "write_areas_csv", "write_objects_csv", "write_summary_csv"]
@@ -39,6 +38,16 @@ class ClassSummary:
     perimeter_mm: float
     tissue_share: float
     per_mm2: float
+
+    def as_json(self) -> dict[str, Any]:
+        """By name; what is not known is None."""
+        return nan_as_none(asdict(self))
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> "ClassSummary":
+        """What ``as_json`` gave."""
+        known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+        return cls(**known)
 
 
 def summarize(
@@ -78,13 +87,13 @@ def summarize(
 def write_summary_csv(path: str | os.PathLike[str], summaries: Iterable[ClassSummary]) -> None:
     """Write a row a class; what is not known is left empty. The file is whole or not there."""
     rows = ([_cell(value) for value in astuple(summary)] for summary in summaries)
-    _write(path, [field.name for field in fields(ClassSummary)], rows)
+    write_table(Path(path), [field.name for field in fields(ClassSummary)], rows)
 
 
 def write_areas_csv(path: str | os.PathLike[str], areas: Iterable[tuple[str, ClassSummary]]) -> None:
     """Write a row a slide and class; what is not known is left empty. The file is whole or not there."""
     rows = ([slide, *(_cell(value) for value in astuple(summary))] for slide, summary in areas)
-    _write(path, ["slide", "class", *(field.name for field in fields(ClassSummary)[1:])], rows)
+    write_table(Path(path), ["slide", "class", *(field.name for field in fields(ClassSummary)[1:])], rows)
 
 
 def write_objects_csv(path: str | os.PathLike[str], annotations: Sequence[Annotation]) -> None:
@@ -100,18 +109,10 @@ def write_objects_csv(path: str | os.PathLike[str], annotations: Sequence[Annota
         ]
         for annotation, centre in zip(annotations, centres, strict=True)
     )
-    _write(path, ["id", "class", "x", "y", *names], rows)
+    write_table(Path(path), ["id", "class", "x", "y", *names], rows)
 
 
 def _cell(value: str | float) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.9g}"
     return str(value)
-
-
-def _write(path: str | os.PathLike[str], head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    write_atomically(Path(path), buffer.getvalue().encode())

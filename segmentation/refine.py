@@ -293,9 +293,14 @@ def _starts(length: int, side: int, step: int) -> list[int]:
 
 
 def _fitted(example: Example, config: RefineConfig, rng: np.random.Generator | None) -> Example:
-    """An example as the network sees it: resized, or a square cut from a random place, or from its middle."""
+    """An example as the network sees it: resized, or a square cut from a random place, or from its middle.
+
+    One on disk that has the right size already stays there.
+    """
     side = config.side_px
     height, width = example.mask.shape
+    if (height, width) == (side, side):
+        return example
     if config.mpp is None:
         size = (side, side)
         # The first stage's map is coarse and smooth; the truth keeps its labels.
@@ -307,9 +312,12 @@ def _fitted(example: Example, config: RefineConfig, rng: np.random.Generator | N
     room = (max(1, height - side + 1), max(1, width - side + 1))
     y, x = ((n - 1) // 2 for n in room) if rng is None else (int(rng.integers(n)) for n in room)
     at = (slice(y, y + side), slice(x, x + side))
+    square = Example(example.image[at], example.heat[:, *at], example.mask[at])
     below, right = max(0, side - height), max(0, side - width)
+    if not below and not right:
+        return square
     return Example(
-        np.pad(example.image[at], ((0, below), (0, right), (0, 0)), mode="edge"),
-        np.pad(example.heat[:, *at], ((0, 0), (0, below), (0, right))),
-        np.pad(example.mask[at], ((0, below), (0, right)), constant_values=IGNORE),
+        np.pad(square.image, ((0, below), (0, right), (0, 0)), mode="edge"),
+        np.pad(square.heat, ((0, 0), (0, below), (0, right))),
+        np.pad(square.mask, ((0, below), (0, right)), constant_values=IGNORE),
     )

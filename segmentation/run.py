@@ -2,7 +2,7 @@
 
 import ctypes
 import json
-import math
+import shutil
 import sys
 import time
 from collections import Counter
@@ -29,6 +29,7 @@ from wsi.errors import (
     EnvironmentFaultError,
     RunMismatchError,
     SlideBusyError,
+    StoreCorruptError,
     StoreFormatError,
     TooManyBadTilesError,
     UsageError,
@@ -164,8 +165,7 @@ def _areas(out: Path, stems: Mapping[str, Path]) -> Iterator[tuple[str, ClassSum
         if stem is not None and path != stem.with_name(stem.name + _DONE):
             continue  # of an earlier run, when no other slide had its name
         for area in facts["areas"]:
-            known: dict[str, Any] = {name: math.nan if value is None else value for name, value in area.items()}
-            yield facts["slide"], ClassSummary(**known)
+            yield facts["slide"], ClassSummary.of_json(area)
 
 
 @dataclass(frozen=True)
@@ -309,10 +309,7 @@ class _Run:
             "unreadable": 0 if heat is None else len(heat.unreadable),
             "seconds": {name: round(value, 3) for name, value in (*seconds.items(), ("encoding", busy_s))},
             "n_objects": written.n_objects,
-            "areas": [
-                {name: None if value != value else value for name, value in asdict(area).items()}  # noqa: PLR0124 - NaN
-                for area in written.areas
-            ],
+            "areas": [area.as_json() for area in written.areas],
             "files": list(written.files),
             "source": dict(item.identity),
         }
@@ -330,20 +327,32 @@ class _Run:
             self._observer.slide_started(item.source, 1, 0)
             return None, 0.0
         path = self._out / "heat" / f"{self._names[item.source.relpath]}-{segmenter.heat_name(item.identity)}"
-        grid = segmenter.grid(item.slide, item.tissue)
-        there = path.exists()
-        self._observer.slide_started(item.source, len(grid), len(grid) if there else 0)
-        busy = segmenter.busy_s
-        if there:
-            heat = ProbabilityMap.open(path)
-        else:
+        busy, heat = segmenter.busy_s, _map_of_before(path)
+        if heat is None:
+            grid = segmenter.grid(item.slide, item.tissue)
+            self._observer.slide_started(item.source, len(grid), 0)
             heat = segmenter.score(
                 item.slide, path, grid=grid, watch=lambda count: self._observer.tiles_done(item.source, count)
             )
-        bad = len(heat.unreadable)
-        if bad > self._options.max_unreadable * len(grid):
+        else:
+            self._observer.slide_started(item.source, heat.facts["patches"], heat.facts["patches"])
+        bad, total = len(heat.unreadable), int(heat.facts["patches"])
+        if bad > self._options.max_unreadable * total:
             raise TooManyBadTilesError(
-                f"{item.source.location}: {bad} of {len(grid)} patches cannot be read; raise --max-unreadable to go on "
-                f"all the same"
+                f"{item.source.location}: {bad} of {total} patches cannot be read; raise --max-unreadable to go on all the same"
             )
         return heat, segmenter.busy_s - busy
+
+
+def _map_of_before(path: Path) -> ProbabilityMap | None:
+    """The map that an earlier run left; one that cannot be read is taken away, to be made again."""
+    if not path.exists():
+        return None
+    try:
+        heat = ProbabilityMap.open(path)
+        for name in heat.classes:
+            heat.probability(name)
+    except (StoreFormatError, StoreCorruptError):
+        shutil.rmtree(path)
+        return None
+    return heat

@@ -3,8 +3,6 @@
 Each stage leaves a file in the model's folder, whole or not there; a run that begins again takes what is there.
 """
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -30,7 +28,7 @@ from segmentation.refine import Refiner, example_of, train_refiner
 from segmentation.sampling import AnnotatedSlide, PatchIndex, SlidePatches, index_slide
 from segmentation.segmenter import CLASSIFIER_FILE, MODEL_FILE, REFINEMENT_FILE, write_model
 from segmentation.splits import Split, split_slides
-from wsi._files import write_atomically
+from wsi._files import write_atomically, write_table
 from wsi._version import __version__
 from wsi.errors import CohortError, RunMismatchError, UsageError
 
@@ -148,12 +146,13 @@ class _Course:
             self._classifier(CLASSIFIER_FILE, "patch classifier", range(len(self.slides)))
         if method != "patches":
             facts["validation"] = self._refinement()
+        if method != "picture":
+            facts["patches"] = self._index(range(len(self.slides))).counts()
         return {
             "method": method,
             "classes": list(self.config.classes),
             "config": self.config.as_json(),
             "slides": len(self.slides),
-            "patches": self._index(range(len(self.slides))).counts(),
             "validation_slides": [str(self.slides[i].location) for i in self._split.validation],
             "engine": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -196,7 +195,7 @@ class _Course:
             epochs.append(epoch)
             judged = "" if validation is None else f", validation {epoch.validation_loss:.3f}"
             self.watcher.step(epoch.epoch, f"loss {epoch.loss:.3f}{judged}")
-        _write_table(path.with_suffix(".csv"), ClassifierEpoch._fields, epochs)
+        write_table(path.with_suffix(".csv"), ClassifierEpoch._fields, epochs)
         classifier.save(path)
         kept = [epoch for epoch in epochs if epoch.kept][-1]
         accuracy = "" if validation is None else f", balanced accuracy {kept.balanced_accuracy:.3f} on slides held out"
@@ -258,7 +257,7 @@ class _Course:
         refiner, fitted = train_refiner(
             learned.draw, config.refinement, config.fit, validation, device=_device(config), watch=watch
         )
-        _write_table(path.with_suffix(".csv"), ("step", "loss", "dice"), steps)
+        write_table(path.with_suffix(".csv"), ("step", "loss", "dice"), steps)
         scores = {"refined_dice": max(score for _, score in fitted.scores)} if fitted.scores else {}
         if config.method == "cascade" and len(validation):
             scores["patches_dice"] = dice_of_labels(
@@ -296,11 +295,3 @@ def _likeliest(example: Example) -> Any:
     """(h, w) classes as the first stage alone would tell them."""
     nothing = 1 - example.heat.sum(axis=0, keepdims=True)
     return np.concatenate([nothing, example.heat]).argmax(axis=0)
-
-
-def _write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    write_atomically(path, buffer.getvalue().encode())

@@ -19,3 +19,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data are not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small cascade, which tests leave as it is."""
+    from segmentation.train import train  # would load torch for every test
+    from tests.segmentation.trained import config, slide
+
+    folder = tmp_path_factory.mktemp("trained-model")
+    train([slide(folder, seed) for seed in range(5)], config(), folder / "model")
+    return folder / "model"

@@ -1,14 +1,25 @@
 """Files that are either whole or not there."""
 
+import csv
+import io
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["fsync_folder", "fsync_tree", "make_folder_atomically", "replace_atomically", "write_atomically"]
+__all__ = [
+    "fsync_folder",
+    "fsync_tree",
+    "make_folder_atomically",
+    "nan_as_none",
+    "replace_atomically",
+    "write_atomically",
+    "write_table",
+]
 
 
 @contextmanager
@@ -50,6 +61,24 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path``: after a kill at any moment the old content or the new one is there, whole."""
     with replace_atomically(path) as file:
         file.write(data)
+
+
+def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV, whole or not there; what is not known, None or NaN, is left empty."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(["" if _is_nan(value) else value for value in row] for row in rows)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def nan_as_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for JSON, which has no NaN."""
+    return {name: None if _is_nan(value) else value for name, value in values.items()}
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Heatmap: one number per tile, its raster, picture, contours and QuPath objects."""
 
-import csv
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from wsi._files import write_atomically
+from wsi._files import write_table
 from wsi.annotation import Annotation
 from wsi.errors import UsageError
 from wsi.geojson import Frame, is_geojson, write_geojson
@@ -201,20 +199,13 @@ class Heatmap:
         if is_geojson(path):
             write_geojson(path, self.annotations(), self.frame)
         elif path.suffix.lower() == ".csv":
-            write_atomically(path, self._table().encode())
+            rows = ((x, y, str(value)) for (x, y), value in zip(self.grid.xy.tolist(), self.values, strict=True))
+            write_table(path, ("x", "y", self.name), rows)
         elif path.suffix.lower() in PICTURE_SUFFIXES:
             write_picture(path, self.picture(view))
         else:
             raise UsageError(f"{path}: a heatmap is saved as .geojson, .geojson.gz, .png, .jpg or .csv")
         return path
-
-    def _table(self) -> str:
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(("x", "y", self.name))
-        for (x, y), value in zip(self.grid.xy.tolist(), self.values, strict=True):
-            writer.writerow((x, y, "" if np.isnan(value) else str(value)))
-        return buffer.getvalue()
 
     def _class_part(self) -> str:
         """The name as one part of a QuPath class."""

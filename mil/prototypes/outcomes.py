@@ -6,8 +6,6 @@ that a patient of one class has more than one of another (McGraw, Wong 1992); ep
 ratio for each deviation more.
 """
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from mil.cohort import Cohort
 from mil.prototypes.palette import prototype_name
 from mil.prototypes.survey import Survey
 from mil.target import Target
-from wsi._files import write_atomically
+from wsi._files import write_table
 from wsi.errors import UsageError
 
 __all__ = ["OutcomeRow", "OutcomeTable", "outcome_table", "patient_shares"]
@@ -70,13 +68,10 @@ class OutcomeTable:
 
     def write(self, path: Path) -> None:
         """As CSV: prototype, effect, p, q, and the mean shares."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(("prototype", "effect", "p", "q", *(f"mean share, {name}" for name in self.columns)))
-        for row in self.rows:
-            numbers = (row.effect, row.p, row.q, *row.means)
-            writer.writerow((row.prototype + 1, *("" if math.isnan(x) else f"{x:.6g}" for x in numbers)))
-        write_atomically(path, buffer.getvalue().encode())
+        head = ("prototype", "effect", "p", "q", *(f"mean share, {name}" for name in self.columns))
+        each = ((row.prototype + 1, row.effect, row.p, row.q, *row.means) for row in self.rows)
+        rows = ((number, *(None if math.isnan(x) else f"{x:.6g}" for x in values)) for number, *values in each)
+        write_table(path, head, rows)
 
     def __str__(self) -> str:
         heads = [f"{name[:14]:>14}" for name in self.columns]

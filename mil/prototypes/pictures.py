@@ -1,6 +1,5 @@
 """Pictures: everything there is to see of prototypes in a cohort, drawn into a folder."""
 
-import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from mil.prototypes.palette import prototype_name, slide_name
 from mil.prototypes.sheets import atlas, contact_sheet, tile_pixels
 from mil.prototypes.survey import Survey
 from mil.sources import StoreSource
-from wsi._files import write_atomically
+from wsi._files import write_atomically, write_table
 from wsi.errors import SlideError, UsageError
 from wsi.slide import Slide
 
@@ -59,12 +58,10 @@ def draw_charts(survey: Survey, folder: Path, cohort: Cohort | None = None) -> N
     Args:
         cohort: whose classes are shown beside the slides, where its target has classes.
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("slide", "tiles", *(prototype_name(index) for index in range(survey.prototypes.k))))
-    for slide, tiles, shares in zip(survey.slides, survey.n_tiles.tolist(), survey.shares.tolist(), strict=True):
-        writer.writerow((slide_name(slide), tiles, *(f"{share:.6g}" for share in shares)))
-    write_atomically(folder / "shares.csv", buffer.getvalue().encode())
+    head = ("slide", "tiles", *(prototype_name(index) for index in range(survey.prototypes.k)))
+    each = zip(survey.slides, survey.n_tiles.tolist(), survey.shares.tolist(), strict=True)
+    rows = ((slide_name(slide), tiles, *(f"{share:.6g}" for share in shares)) for slide, tiles, shares in each)
+    write_table(folder / "shares.csv", head, rows)
     if len(survey.slides) <= _MOST_BARS:
         save(proportions(survey), folder / "shares.png")
     labels = {}

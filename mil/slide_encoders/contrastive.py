@@ -7,7 +7,6 @@ Differs from the paper: all slides of a batch have the same two encoders, so tha
 view has at most half of a slide's tiles, so that two views of a small slide differ; defaults are for hundreds of slides.
 """
 
-import csv
 import hashlib
 import io
 import json
@@ -33,7 +32,7 @@ from mil.slide_encoders.madeleine import info_nce
 from mil.slide_encoders.zoo import SlideEncoderSpec, TileFeatures
 from mil.sources import BagSource, CachedSource, StoreSource
 from mil.train import pick_device
-from wsi._files import write_atomically
+from wsi._files import write_atomically, write_table
 from wsi.errors import CohortError, DivergedError, RunMismatchError, UsageError
 
 __all__ = ["SlideTrainConfig", "TrainingEpoch", "train_slide_encoder"]
@@ -326,9 +325,7 @@ class _Folder:
         parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "curve": rows}
         torch.save({"state": state.state_dict(), **parts}, file)
         write_atomically(self.checkpoint, file.getvalue())
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([TrainingEpoch._fields, *rows])
-        write_atomically(self.root / "curve.csv", text.getvalue().encode())
+        write_table(self.root / "curve.csv", TrainingEpoch._fields, rows)
 
 
 def _slides_of_patients(

@@ -8,6 +8,9 @@ import pytest
 from cli.extract import extract
 from cli.main import wsi
 from cli.run import _run
+from tests.threads import one_thread
+
+__all__ = ["command", "one_thread"]
 
 
 @pytest.fixture

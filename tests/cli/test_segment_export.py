@@ -1,13 +1,11 @@
 """wsi segment export on a model's folder: what is written answers as the model did, and is used only where it belongs."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from segmentation import export
 from segmentation.export import OnnxRunner
@@ -18,21 +16,11 @@ from tests.segmentation.trained import config, save_picture, slide
 from wsi.slide import Slide
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(trained_model: Path) -> Path:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason="the extra onnx is not installed")
-    folder = tmp_path_factory.mktemp("model")
-    train([slide(folder, seed) for seed in range(5)], config(), folder / "model")
-    return folder / "model"
+    return trained_model
 
 
 def onnx_is(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:

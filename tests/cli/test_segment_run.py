@@ -3,39 +3,22 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from segmentation.train import train
-from tests.segmentation.trained import config, save_picture, slide, tumour
+from tests.segmentation.trained import save_picture, tumour
 from wsi.geojson import read_geojson
 
 SEEDS = (21, 22)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    train([slide(folder, seed) for seed in range(5)], config(), folder / "model")
-    return folder / "model"
-
-
 @pytest.fixture
-def model(trained: Path, tmp_path: Path) -> Path:
+def model(trained_model: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
-    return Path(shutil.copytree(trained, tmp_path / "model"))
+    return Path(shutil.copytree(trained_model, tmp_path / "model"))
 
 
 @pytest.fixture
@@ -51,8 +34,8 @@ def run(command: Any, slides: Path, model: Path, *words: Any, out: str = "out") 
     return code, said, error
 
 
-def test_the_main_job(command: Any, slides: Path, trained: Path) -> None:
-    code, said, error = run(command, slides, trained)
+def test_the_main_job(command: Any, slides: Path, trained_model: Path) -> None:
+    code, said, error = run(command, slides, trained_model)
     assert (code, error) == (0, "")
     out = slides.parent / "out"
     assert "2 slides in " in said
@@ -63,31 +46,31 @@ def test_the_main_job(command: Any, slides: Path, trained: Path) -> None:
         }
         (found,) = read_geojson(out / f"{seed}.geojson").annotations
         assert found.geometry.intersection(tumour(seed)).area > 0.9 * tumour(seed).area
-    code, said, _ = run(command, slides, trained)
+    code, said, _ = run(command, slides, trained_model)
     assert code == 0
     assert "2 there already" in said
     assert "tumour: 0.01 mm² on 2 of 2 slides" in said
 
 
-def test_formats_and_outlines_are_as_asked(command: Any, slides: Path, trained: Path) -> None:
+def test_formats_and_outlines_are_as_asked(command: Any, slides: Path, trained_model: Path) -> None:
     words = ("--formats", "geojson, objects", "--tolerance", 0, "--pattern", "21*")
-    assert run(command, slides, trained, *words)[0] == 0
+    assert run(command, slides, trained_model, *words)[0] == 0
     out = slides.parent / "out"
     assert {path.name for path in out.glob("2*")} == {"21.geojson", "21.objects.csv", "21.result.json"}
     (exact,) = read_geojson(out / "21.geojson").annotations
-    assert run(command, slides, trained, *words[:2], "--tolerance", 12, "--pattern", "21*", out="rough")[0] == 0
+    assert run(command, slides, trained_model, *words[:2], "--tolerance", 12, "--pattern", "21*", out="rough")[0] == 0
     (rough,) = read_geojson(slides.parent / "rough" / "21.geojson").annotations
     assert len(rough.geometry.exterior.coords) < len(exact.geometry.exterior.coords)
-    assert run(command, slides, trained, "--min-area", 1e6, out="large")[0] == 0
+    assert run(command, slides, trained_model, "--min-area", 1e6, out="large")[0] == 0
     with (slides.parent / "large" / "areas.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.DictReader(file)) == []
 
 
 def test_a_slide_that_fails_is_named_with_its_code_and_the_exit_code_is_3(
-    command: Any, slides: Path, trained: Path
+    command: Any, slides: Path, trained_model: Path
 ) -> None:
     (slides / "bad.svs").touch()
-    code, said, _ = run(command, slides, trained)
+    code, said, _ = run(command, slides, trained_model)
     assert code == 3
     assert "bad.svs: FAILED, EMPTY_FILE: " in said
     assert "2 slides in " in said
@@ -95,9 +78,9 @@ def test_a_slide_that_fails_is_named_with_its_code_and_the_exit_code_is_3(
 
 
 def test_slides_too_coarse_for_the_model_are_one_clear_line_each_and_exit_code_4(
-    command: Any, slides: Path, trained: Path
+    command: Any, slides: Path, trained_model: Path
 ) -> None:
-    code, said, _ = run(command, slides, trained, "--slide-mpp", 4.0)
+    code, said, _ = run(command, slides, trained_model, "--slide-mpp", 4.0)
     assert code == 4
     for seed in SEEDS:
         (line,) = [line for line in said.splitlines() if line.startswith(f"{seed}.png")]
@@ -105,8 +88,8 @@ def test_slides_too_coarse_for_the_model_are_one_clear_line_each_and_exit_code_4
         assert "4" in line
 
 
-def test_a_slide_without_a_resolution_is_told_which_flag_helps(command: Any, slides: Path, trained: Path) -> None:
-    code, said, _ = command("wsi", "segment", "run", slides, slides.parent / "out", "--model", trained)
+def test_a_slide_without_a_resolution_is_told_which_flag_helps(command: Any, slides: Path, trained_model: Path) -> None:
+    code, said, _ = command("wsi", "segment", "run", slides, slides.parent / "out", "--model", trained_model)
     assert code == 4
     assert "21.png: FAILED, MPP_MISSING: " in said
     assert "mpp" in said
@@ -167,24 +150,24 @@ def test_a_model_that_cannot_be_used_is_one_line_and_exit_code_5(
     ],
 )
 def test_a_command_that_makes_no_sense_is_exit_code_2_and_touches_nothing(
-    words: list[str], message: str, command: Any, slides: Path, trained: Path
+    words: list[str], message: str, command: Any, slides: Path, trained_model: Path
 ) -> None:
-    code, _, error = run(command, slides, trained, *words)
+    code, _, error = run(command, slides, trained_model, *words)
     assert code == 2
     assert message in error
     assert not (slides.parent / "out").exists()
 
 
-def test_out_must_be_another_folder_and_slides_must_be_there(command: Any, slides: Path, trained: Path) -> None:
-    code, _, error = run(command, slides, trained, out="slides")
+def test_out_must_be_another_folder_and_slides_must_be_there(command: Any, slides: Path, trained_model: Path) -> None:
+    code, _, error = run(command, slides, trained_model, out="slides")
     assert (code, "OUT must be another folder" in error) == (2, True)
-    code, _, error = run(command, slides.parent / "nowhere", trained)
+    code, _, error = run(command, slides.parent / "nowhere", trained_model)
     assert (code, error.startswith("NOT_FOUND: ")) == (2, True)
 
 
-def test_results_of_other_settings_are_not_mixed(command: Any, slides: Path, trained: Path) -> None:
-    assert run(command, slides, trained, "--pattern", "21*")[0] == 0
-    code, _, error = run(command, slides, trained, "--tolerance", 3)
+def test_results_of_other_settings_are_not_mixed(command: Any, slides: Path, trained_model: Path) -> None:
+    assert run(command, slides, trained_model, "--pattern", "21*")[0] == 0
+    code, _, error = run(command, slides, trained_model, "--tolerance", 3)
     assert code == 2
     assert error.startswith("RUN_MISMATCH: ")
     assert "other settings of outlines or files" in error

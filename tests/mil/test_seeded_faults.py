@@ -30,14 +30,6 @@ ATTENTION = [case for case in CASES if case.model in (ABMIL, GatedABMIL, CLAMSB,
 GATED = [case for case in ATTENTION if case.model is GatedABMIL or (case.file == "clam" and "gated" in case.tag)]
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def notices(check: Callable[..., None], *arguments: Any) -> bool:
     """Whether a check fails."""
     try:

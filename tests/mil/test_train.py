@@ -38,14 +38,6 @@ from wsi.errors import (
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Stop:
     """An observer that stops everything at an epoch of a fold."""
 

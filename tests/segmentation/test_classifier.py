@@ -1,6 +1,5 @@
 """Patch classifier: the published shape, kept whole on disk, refusing what it was not made for; and it learns."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,15 +44,6 @@ def _trunk(seed: int = 0) -> Encoder:
 
 def _pixels(n: int = 5, px: int = PX) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, px, px, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums over several threads depend on which is done first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import shapely
 import tifffile
-import torch
 from PIL import Image
 
 import segmentation.run as module
@@ -25,8 +24,7 @@ from segmentation.polygons import PolygonOptions
 from segmentation.results import FORMATS, ResultOptions
 from segmentation.run import RunOptions, give_memory_back, segment_found
 from segmentation.segmenter import Segmenter
-from segmentation.train import train
-from tests.segmentation.trained import config, picture, save_picture, slide, tumour
+from tests.segmentation.trained import picture, save_picture, tumour
 from tests.wsi.test_readers import corrupt_one_tile, write_tiff
 from wsi.discover import SlideSource, discover
 from wsi.errors import DeviceError, RunMismatchError, StoreFormatError, UsageError
@@ -36,24 +34,9 @@ SEEDS = (21, 22, 23)
 OPTIONS = RunOptions(slide_mpp=(1.0, 1.0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    train([slide(folder, seed) for seed in range(5)], config(), folder / "model")
-    return folder / "model"
-
-
-@pytest.fixture(scope="module")
-def segmenter(model: Path) -> Segmenter:
-    return Segmenter.load(model, device="cpu")
+def segmenter(trained_model: Path) -> Segmenter:
+    return Segmenter.load(trained_model, device="cpu")
 
 
 @pytest.fixture
@@ -318,10 +301,10 @@ run(slides, out, Segmenter.load(model, device="cpu"), OPTIONS, Watching(kill))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_kill_costs_the_slide_at_work_and_the_same_call_completes_the_rest(
-    cohort: Path, tmp_path: Path, model: Path, segmenter: Segmenter
+    cohort: Path, tmp_path: Path, trained_model: Path, segmenter: Segmenter
 ) -> None:
     out = tmp_path / "out"
-    words = [sys.executable, "-c", KILLED, str(cohort), str(out), str(model)]
+    words = [sys.executable, "-c", KILLED, str(cohort), str(out), str(trained_model)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env=dict(os.environ))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (out / "21.result.json").exists()

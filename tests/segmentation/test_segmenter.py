@@ -1,13 +1,11 @@
 """Segmenter: each method asks for what it needs, and maps are shared only where they would be the same."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from segmentation.heat import HeatOptions, ProbabilityMap
 from segmentation.place import MapPlace
@@ -18,14 +16,6 @@ from wsi.errors import ModelMismatchError, UsageError
 from wsi.slide import Slide
 
 MPP = (1.0, 1.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
-import torch
 
 import segmentation.train as module
 from segmentation.classifier import PatchClassifier
@@ -73,14 +71,6 @@ class Trained:
     judged: list[set[str]]
     scored: list[str]  # slides that were scored in training, with the number of classifiers trained before
     scored_by: list[int]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """What these tests share: one thread."""
 
-from tests.mil.threads import one_thread
+from tests.threads import one_thread
 
 __all__ = ["one_thread"]

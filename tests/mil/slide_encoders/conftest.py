@@ -1,5 +1,0 @@
-"""What these tests share: one thread."""
-
-from tests.mil.threads import one_thread
-
-__all__ = ["one_thread"]
