@@ -33,19 +33,18 @@ from PIL import Image
 from segmentation.augment import Augmentation
 from segmentation.classifier import NetworkOptions
 from segmentation.classifier_training import ClassifierTraining
-from segmentation.config import SegmentationConfig
-from segmentation.dense import DenseConfig, DenseMap, DenseSegmenter, over_turns, segment_slide, train_dense
+from segmentation.config import DENSE_FIT, SegmentationConfig
+from segmentation.dense import DenseConfig, DenseLook, segment_slide, train_dense
 from segmentation.evaluate import EvaluateOptions, evaluate_slide
 from segmentation.fit import FitConfig
 from segmentation.heat import HeatOptions
 from segmentation.instances import InstanceOptions
-from segmentation.losses import SegmentationLoss
 from segmentation.metrics import compare_objects
 from segmentation.objects import find_objects
 from segmentation.prior import Prior
 from segmentation.refine import RefineConfig, Refiner, refine
 from segmentation.sampling import REGION, AnnotatedSlide, PatchOptions
-from segmentation.segmenter import REFINEMENT_FILE, Segmenter
+from segmentation.segmenter import REFINEMENT_FILE, Found, Segmenter
 from segmentation.train import train
 from wsi.annotation import Annotation
 from wsi.geojson import Frame
@@ -67,25 +66,16 @@ DENSE = DenseConfig(
     overlap_px=64,
     contour_um=6.0,
 )
-FIT = FitConfig(
-    steps=3000,
-    batch_size=8,
-    accumulate=1,
-    learning_rate=2e-3,
-    schedule="cosine",
-    loss=SegmentationLoss(dice=1, cross_entropy=1, over_batch=True),
-    augmentation=Augmentation(stain_sigma=0.05),
-)
+FIT = DENSE_FIT
 OBJECTS = InstanceOptions(contour_threshold=0.2, min_area_um2=1000, min_hole_um2=5000)
-SEEN_PX = 256  # of the square the trained network sees, which takes any size: more of it has its surroundings in sight
+LOOK = DenseLook(tile_px=256, turns=True)
 QUICK_STEPS = 20
 
-REFINEMENT = RefineConfig(
-    (GLAND,), hyper=DENSE.hyper, side_px=DENSE.tile_px, mpp=DENSE.mpp, overlap_px=DENSE.overlap_px
-)
+REFINEMENT = RefineConfig((GLAND,), hyper=DENSE.hyper, side_px=DENSE.tile_px, mpp=DENSE.mpp, overlap_px=64)
 SMALL = SegmentationConfig(
     PatchOptions((GLAND,), Tiling(1.0, 64, 32, 0.5), min_coverage=0.5, min_background=0.5),
     REFINEMENT,
+    DENSE,
     network=NetworkOptions(hidden=0, random_seed=0),
     classifier=ClassifierTraining(
         ("class",), epochs=4, patches=6400, lr=1e-3, augmentation=Augmentation(stain_sigma=0.05), device="cpu"
@@ -211,12 +201,9 @@ def dense(
         trained, _ = train_dense([learned.annotated()], DENSE, fit)
     if keep is not None:
         trained.save(keep, fitted=fit)
-    seeing = DenseSegmenter(replace(DENSE, tile_px=SEEN_PX, overlap_px=SEEN_PX // 2), trained.network)
     with measured(seconds, "dense: test"), Slide.open(test.path) as slide:
-        made = segment_slide(
-            seeing, slide, work / "dense.zarr", tissue=test.tissue(), predict=over_turns(seeing.predict)
-        )
-        return list(find_objects(made, OBJECTS)), seconds
+        made = segment_slide(trained, slide, work / "dense.zarr", LOOK, tissue=test.tissue())
+        return list(find_objects(Found.of_map(made), OBJECTS)), seconds
 
 
 def cascade(
@@ -232,8 +219,10 @@ def cascade(
             slide, work / f"{name}.zarr", tissue=test.tissue()
         )
         refined = refine(Refiner.load(folder / REFINEMENT_FILE, device="cpu"), slide, Prior.of_classes(heat, (GLAND,)))
-        patches = DenseMap(heat.array, heat.place, {1: GLAND}, len(heat.unreadable))
-        found = {"patch map": list(find_objects(patches, OBJECTS)), "refined": list(find_objects(refined, OBJECTS))}
+        found = {
+            "patch map": list(find_objects(Found.of_map(heat), OBJECTS)),
+            "refined": list(find_objects(refined, OBJECTS)),
+        }
     return found, seconds
 
 

@@ -27,11 +27,13 @@ from segmentation.fit import FitConfig
 from segmentation.metrics import interval_of_mean, paired_difference
 from segmentation.polygons import PolygonOptions
 from segmentation.results import outlines_of
+from segmentation.sampling import PatchOptions
 from segmentation.segmenter import CLASSIFIER_FILE, MODEL_FILE, Segmenter, read_about
 from segmentation.train import SilentWatcher, train
 from wsi.annotation import Annotation
 from wsi.discover import discover
 from wsi.geojson import read_geojson, write_geojson
+from wsi.grid import Tiling
 from wsi.phantom import Phantom, PhantomSpec, write_svs
 from wsi.picture import draw_areas
 from wsi.slide import Slide
@@ -46,21 +48,22 @@ class Size:
     """How much is done.
 
     Attributes:
-        width, height: of slides at 1 micron per pixel.
+        width, height: of slides at 2 microns per pixel.
         side_px: of the picture that the second network sees.
     """
 
     train: int = 24
     test: int = 12
-    width: int = 6_144
-    height: int = 5_120
-    epochs: int = 4
-    patches: int = 640
+    width: int = 4_096
+    height: int = 3_584
+    epochs: int = 6
+    patches: int = 768
     side_px: int = 96
-    steps: int = 300
+    steps: int = 600
 
 
-QUICK = Size(train=6, test=3, width=4096, height=3072, epochs=1, patches=128, side_px=96, steps=40)
+QUICK = Size(train=6, test=3, width=2048, height=1792, epochs=2, patches=160, side_px=48, steps=60)
+MPP = 2.0
 
 
 def spec_of(number: int, size: Size) -> PhantomSpec:
@@ -68,7 +71,7 @@ def spec_of(number: int, size: Size) -> PhantomSpec:
     return PhantomSpec(
         size.width,
         size.height,
-        mpp=1.0,
+        mpp=MPP,
         seed=2000 + number,
         n_pieces=int(rng.integers(1, 4)),
         tissue_fraction=float(rng.uniform(0.35, 0.5)),
@@ -97,14 +100,18 @@ def config_of(size: Size) -> SegmentationConfig:
     base = SegmentationConfig.of_classes((CLASS,))
     return replace(
         base,
+        patches=PatchOptions((CLASS,), Tiling(mpp=MPP, tile_px=96, min_tissue=0.25, spare=1.0)),
         network=NetworkOptions("timm:resnet10t", random_seed=0),
         classifier=ClassifierTraining(
-            epochs=size.epochs, patches=size.patches, validation_patches=size.patches // 2, lr=1e-3
+            epochs=size.epochs, patches=size.patches, validation_patches=size.patches // 2, batch_size=32, lr=1e-3
         ),
         refinement=replace(
-            base.refinement, side_px=size.side_px, hyper={"filters": (16, 32, 64, 64, 64, 64), "norm": "batch"}
+            base.refinement, side_px=size.side_px, hyper={"filters": (16, 32, 64, 64, 64), "norm": "batch"}
         ),
-        fit=FitConfig(steps=size.steps, batch_size=6, accumulate=1, learning_rate=1e-3, validate_every=20, patience=10),
+        fit=FitConfig(
+            steps=size.steps, batch_size=6, accumulate=1, learning_rate=1e-3, validate_every=25, patience=100
+        ),
+        folds=2,
     )
 
 

@@ -37,13 +37,22 @@ _LINE_EVERY_S = 30.0
 )  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
 @click.option(
-    "--method", type=click.Choice(["cascade", "patches", "picture"]), default="cascade", show_default=True,
-    help="cascade: patches find, a second network draws the border. patches, picture: one of the two alone.",
+    "--method", type=click.Choice(["cascade", "patches", "picture", "dense"]), default="cascade", show_default=True,
+    help="cascade: patches find, a second network draws the border. patches, picture: one of the two alone. "
+    "dense: one network at full resolution, for glands and the like.",
 )  # fmt: skip
 @click.option(
-    "--mpp", type=click.FloatRange(min=0, min_open=True), help="Microns per pixel of patches.  [default: 1.0]"
+    "--mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Microns per pixel of patches, or of what the dense network sees.  [default: 1.0]",
 )
-@click.option("--patch", "tile_px", type=click.IntRange(min=1), help="Width and height of a patch.  [default: 256]")
+@click.option(
+    "--patch", "tile_px", type=click.IntRange(min=1), help="Width and height of these.  [default: 256, dense: 512]"
+)
+@click.option(
+    "--rim", "contour_um", type=click.FloatRange(min=0, min_open=True), metavar="µm",
+    help="dense: learn objects' rims, so wide, too; touching objects are told apart by them.  [default: areas only]",
+)  # fmt: skip
 @click.option(
     "--trunk",
     help="Network of the patch classifier: h2g-mobilenet, timm:MODEL, or any of wsi encoders.  [default: h2g-mobilenet]",
@@ -60,7 +69,11 @@ _LINE_EVERY_S = 30.0
     "--folds", type=click.IntRange(min=2), help="Parts of the cohort that a classifier does not see.  [default: 3]"
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Of the classifier, at most.  [default: 200]")
-@click.option("--steps", type=click.IntRange(min=1), help="Of the second network, at most.  [default: 1000]")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Of the second network, at most, or of the dense one.  [default: 1000, dense: 3000]",
+)
 @click.option("--side", "side_px", type=click.IntRange(min=1), help="What the second network sees.  [default: 1024]")
 @click.option(
     "--slide-mpp", type=MppType(), help="Microns per pixel of the slides' sharpest level, where files are silent."
@@ -110,9 +123,13 @@ def _config_of(classes: tuple[str, ...], values: dict[str, Any]) -> "Segmentatio
     if values["config"] is not None:
         config = changed(config, read_values(values["config"]), where=str(values["config"]))
     config = changed(config, values_of_words(values["settings"], where="--set"), where="--set")
+    seen = "dense" if config.method == "dense" else "patches.tiling"
+    if values["contour_um"] is not None and config.method != "dense":
+        raise click.UsageError("--rim is of the method dense")
     flags = (
-        ("patches.tiling.mpp", values["mpp"]),
-        ("patches.tiling.tile_px", values["tile_px"]),
+        (f"{seen}.mpp", values["mpp"]),
+        (f"{seen}.tile_px", values["tile_px"]),
+        ("dense.contour_um", values["contour_um"]),
         ("network.trunk", values["trunk"]),
         ("network.frozen", values["frozen"] or None),
         ("network.random_seed", values["random_seed"]),

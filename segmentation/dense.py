@@ -18,31 +18,32 @@ import torch
 from numpy.typing import NDArray
 
 from features.encoder import Encoder, resolve_device
-from segmentation.blend import Blend, hann_window, tile_corners
+from segmentation.blend import Blend, WritableMap, hann_window, tile_corners
 from segmentation.fit import Draw, Example, FitConfig, Fitted, Watch, as_input, fit
+from segmentation.heat import Corners, ProbabilityMap, write_map
 from segmentation.losses import IGNORE
-from segmentation.models import SegmentationModel, build_network
+from segmentation.models import SegmentationModel, build_network, check_hyper
 from segmentation.models.tokens import TokenDecoder
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
-from segmentation.rows import LabelRows
-from segmentation.sampling import IGNORED, REGION, AnnotatedSlide
+from segmentation.sampling import BACKGROUND, IGNORED, REGION, AnnotatedSlide
 from segmentation.saved import read_network, save_network
-from wsi._files import make_folder_atomically
 from wsi.annotation import Annotation
-from wsi.errors import ModelMismatchError, StoreFormatError, UsageError
+from wsi.errors import ModelMismatchError, UsageError
 from wsi.grid import TileGrid, Tiling
 from wsi.slide import Slide, region_of
 from wsi.stream import TileStream, default_read_threads
 
 __all__ = [
     "CONTOUR",
+    "TOKENS",
     "DenseConfig",
-    "DenseMap",
+    "DenseLook",
     "DenseSegmenter",
+    "Predict",
     "contours_of",
+    "dense_grid",
     "draw_from",
-    "open_dense",
     "over_turns",
     "segment_slide",
     "train_dense",
@@ -53,11 +54,10 @@ CONTOUR: Final = "contour"  # the class of objects' rims
 Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 _KIND = "dense"
-_MAP = {"format": "wsi-probability-map", "version": 1}
-_CHUNK_PX = 256
-_TOKENS = "tokens"
+TOKENS: Final = "tokens"
 _TRIES = 64  # for a point in the tissue of a tile
 _FINER = 16  # than the width of a rim: how closely outlines are followed to draw it
+_MOST_SQUARES = 256  # that training is judged by, over all slides
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DenseConfig:
         network: a name in ``segmentation.models.NETWORKS``, or ``"tokens"`` for a decoder on a foundation model.
         hyper: its hyper-parameters, where not those of the paper.
         tile_px: of the square that it sees.
-        overlap_px: that neighbouring tiles share.
+        overlap_px: that neighbouring tiles share; a quarter of them by default.
         contour_um: width of objects' rims, which are then a class of their own, ``"contour"``, after the others, so that
             objects that touch can be told apart; None for areas, which need not be.
     """
@@ -80,7 +80,7 @@ class DenseConfig:
     network: str = "u-net"
     hyper: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tile_px: int = 512
-    overlap_px: int = 128
+    overlap_px: int | None = None
     contour_um: float | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +103,35 @@ class DenseConfig:
 
     def tiling(self, min_tissue: float) -> Tiling:
         """How slides are cut; tiles may stick out of them."""
-        return Tiling(self.mpp, self.tile_px, self.overlap_px, min_tissue, edge="pad")
+        overlap_px = self.tile_px // 4 if self.overlap_px is None else self.overlap_px
+        return Tiling(self.mpp, self.tile_px, overlap_px, min_tissue, edge="pad")
+
+
+@dataclass(frozen=True)
+class DenseLook:
+    """How slides are looked at with a dense network; saved with the model.
+
+    Attributes:
+        tile_px, overlap_px: of the squares it sees, where they are not those of its training: a network takes larger ones,
+            which have more of their surroundings in sight, and the overlap is half of them then unless it is given.
+        turns: whether each is seen in its four quarter turns, and the answers averaged; four times the work.
+        batch_size: squares at once.
+    """
+
+    tile_px: int | None = None
+    overlap_px: int | None = None
+    turns: bool = False
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, got {self.batch_size}")
+
+    def of(self, config: DenseConfig) -> DenseConfig:
+        """The same network, seeing these squares."""
+        tile_px = self.tile_px or config.tile_px
+        usual = config.overlap_px if tile_px == config.tile_px else tile_px // 2
+        return replace(config, tile_px=tile_px, overlap_px=usual if self.overlap_px is None else self.overlap_px)
 
 
 class DenseSegmenter:
@@ -130,8 +158,10 @@ class DenseSegmenter:
         Raises:
             UsageError: an encoder is missing, or there is one and nothing for it to do.
         """
-        if (encoder is not None) != (config.network == _TOKENS):
-            raise UsageError(f"a network on {_TOKENS} needs an encoder, and no other does; asked for {config.network}")
+        if (encoder is not None) != (config.network == TOKENS):
+            raise UsageError(f"a network on {TOKENS} needs an encoder, and no other does; asked for {config.network}")
+        if encoder is not None:
+            check_hyper(TOKENS, TokenDecoder, config.hyper)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             network = (
@@ -181,104 +211,60 @@ class DenseSegmenter:
         return made
 
 
-@dataclass(frozen=True, eq=False)
-class DenseMap:
-    """A probability map on disk.
-
-    Attributes:
-        probabilities: (1 + C, H, W) Zarr array, float16, background the first; NaN = not scored.
-        place: where the map lies on the slide.
-        classes: the name of each label.
-        unreadable: tiles that could not be read.
-    """
-
-    probabilities: Any
-    place: MapPlace
-    classes: Mapping[int, str]
-    unreadable: int
-
-    @property
-    def labels(self) -> LabelRows:
-        """The likeliest classes."""
-        return LabelRows(self.probabilities)
-
-
-def open_dense(path: str | os.PathLike[str]) -> DenseMap:
-    """Open what ``segment_slide`` wrote.
-
-    Raises:
-        StoreFormatError: there is none, or one of another release.
-    """
-    import zarr
-
-    try:
-        array = zarr.open_array(Path(path), mode="r")
-        facts: Any = array.attrs.asdict()
-        if {key: facts[key] for key in _MAP} != _MAP:
-            raise StoreFormatError(f"{path}: holds {facts['format']} {facts['version']}, this release reads {_MAP}")
-        classes = dict(enumerate(facts["classes"], start=1))
-        return DenseMap(array, MapPlace(**facts["place"]), classes, facts["unreadable"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreFormatError(f"{path}: not a probability map ({error})") from error
-
-
 def segment_slide(
     segmenter: DenseSegmenter,
     slide: Slide,
-    path: str | os.PathLike[str],
+    path: Path,
+    look: DenseLook | None = None,
     *,
     tissue: Sequence[Annotation] | None = None,
-    batch_size: int = 4,
+    grid: TileGrid | None = None,
     predict: Predict | None = None,
-) -> DenseMap:
-    """Run a dense network over a slide's tissue; the map at ``path`` is whole or not there.
+    watch: Callable[[int], None] | None = None,
+) -> ProbabilityMap:
+    """Run a dense network over a slide's tissue; the map at ``path``, float16, is whole or not there.
 
     Args:
         tissue: outlines to use instead of looking for them; tiles that touch them are seen.
+        grid: what ``dense_grid`` gave, where it is at hand.
         predict: what to ask in place of the network itself, such as ``segmentation.export.fastest``'s choice.
+        watch: is told how many tiles were seen since it was last.
 
     Raises:
         UsageError: there is something at ``path`` already.
         TooCoarseError: the scan is too coarse for the network.
     """
-    import zarr
-    from zarr.codecs import ZstdCodec
-
-    path = Path(path)
-    if path.exists():
-        raise UsageError(f"{path}: is there already; remove it or choose another name")
-    config, predict = segmenter.config, predict or segmenter.predict
-    grid = slide.grid(config.tiling(0.0), tissue=tissue)
+    look, config, predict = look or DenseLook(), segmenter.config, predict or segmenter.predict
+    grid = dense_grid(slide, config, look, tissue) if grid is None else grid
     place = MapPlace((grid.side[0] / grid.tile_px, grid.side[1] / grid.tile_px), slide.mpp.xy)
-    height, width = (
-        math.ceil(length / scale) for length, scale in zip(slide.size[::-1], place.scale[::-1], strict=True)
-    )
-    n_classes = len(config.names) + 1
-    with make_folder_atomically(path) as staging:
-        array = zarr.create_array(
-            staging,
-            shape=(n_classes, height, width),
-            chunks=(n_classes, min(_CHUNK_PX, height), min(_CHUNK_PX, width)),
-            dtype="float16",
-            fill_value=math.nan,
-            compressors=ZstdCodec(level=3, checksum=True),
-            dimension_names=("class", "y", "x"),
-        )
-        with Blend(array, hann_window(config.tile_px)) as blend:
+    ask = over_turns(predict) if look.turns else predict
+
+    def fill(out: WritableMap) -> Corners:
+        with Blend(out, hann_window(grid.tile_px)) as blend:
             corners = tile_corners(grid, place)
-            for batch in TileStream(slide, grid, batch_size, default_read_threads()):
-                predictions = predict(as_input(list(batch.pixels), [_no_heat(config.tile_px)] * len(batch)))
+            for batch in TileStream(slide, grid, look.batch_size, default_read_threads()):
+                predictions = ask(as_input(list(batch.pixels), [_no_heat(grid.tile_px)] * len(batch)))
                 predictions[~batch.readable] = np.nan
                 blend.add(corners[batch.start : batch.start + len(batch)], predictions)
+                if watch is not None:
+                    watch(len(batch))
                 batch.release()
-        facts: dict[str, Any] = {
-            **_MAP,
-            "classes": list(config.names),
-            "place": asdict(place),
-            "unreadable": len(blend.unscored),
-        }
-        array.attrs.update(facts)
-    return open_dense(path)
+        unscored = place.to_level0(np.array(blend.unscored, np.float64).reshape(-1, 2))
+        return tuple((round(x), round(y)) for x, y in unscored.tolist())
+
+    facts = {"mpp": config.mpp, "patch_px": 1, "options": {"steps": 1, **asdict(look)}, "patches": len(grid)}
+    return write_map(path, slide, place, (BACKGROUND, *config.names), fill, facts, dtype="float16")
+
+
+def dense_grid(
+    slide: Slide, config: DenseConfig, look: DenseLook, tissue: Sequence[Annotation] | None = None
+) -> TileGrid:
+    """The tiles of a slide that touch tissue, in rows; those at its right and lower edge stick out.
+
+    Raises:
+        TooCoarseError: the scan is too coarse for the network.
+    """
+    return slide.grid(look.of(config).tiling(0.0), tissue=tissue)
 
 
 def over_turns(predict: Predict) -> Predict:
@@ -305,7 +291,7 @@ def train_dense(
     """Train a dense network from its start on slides that people drew on; see ``draw_from`` for what it is shown.
 
     Args:
-        validation: slides that decide which weights are kept; all of their tissue is held in memory.
+        validation: slides that decide which weights are kept, by squares of their tissue, up to 256 in all.
         encoder: the foundation model of a ``"tokens"`` network.
         watch: as ``segmentation.fit.fit``.
 
@@ -320,7 +306,7 @@ def train_dense(
             [_Squares(stack.enter_context(each.open()), each.annotations, config, tissue=each.tissue) for each in part]
             for part in (slides, validation)
         )
-        looked_at = [square for squares in judged for square in squares.all()]
+        looked_at = [square for squares in judged for square in squares.some(-(-_MOST_SQUARES // len(judged)))]
         fitted = fit(segmenter.network, _draw_of(trained), fit_config, looked_at, watch=watch)
     return segmenter, fitted
 
@@ -393,9 +379,10 @@ class _Squares:
         xy = np.clip(np.rint((middle - side / 2) / step).astype(np.int64), 0, last) * step
         return self._square(replace(grid, xy=xy[None], tissue=grid.tissue[:1]), 0)
 
-    def all(self) -> Iterator[Example]:
-        """The squares that touch tissue, side by side."""
-        return (self._square(self._grid, row) for row in range(len(self._grid)))
+    def some(self, most: int) -> Iterator[Example]:
+        """The squares that touch tissue, side by side; of more than ``most`` so many, evenly."""
+        rows = np.linspace(0, len(self._grid) - 1, min(most, len(self._grid))).round().astype(int)
+        return (self._square(self._grid, row) for row in rows.tolist())
 
     def _square(self, grid: TileGrid, row: int) -> Example:
         xy, px = grid.xy[row], grid.tile_px

@@ -1,7 +1,7 @@
 """ProbabilityMap: the probability of each class over a whole slide, a pixel a patch or finer, in a Zarr array."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,10 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap
 from wsi.slide import Slide
 
-__all__ = ["HeatOptions", "ProbabilityMap", "blend_scores", "heat_grid", "write_heat"]
+__all__ = ["Corners", "HeatOptions", "ProbabilityMap", "blend_scores", "heat_grid", "write_heat", "write_map"]
+
+Corners = tuple[tuple[int, int], ...]
+"""Upper left ones, (x, y) in level-0 pixels."""
 
 _FORMAT: Final = "wsi-heat-map"
 _VERSION: Final = 1
@@ -75,7 +78,7 @@ class ProbabilityMap:
     classes: tuple[str, ...]
     place: MapPlace
     frame: Frame
-    unreadable: tuple[tuple[int, int], ...]
+    unreadable: Corners
     facts: dict[str, Any]
 
     @classmethod
@@ -103,7 +106,7 @@ class ProbabilityMap:
 
     @property
     def array(self) -> "zarr.Array[Any]":
-        """(K, H, W) float32, to be sliced."""
+        """(K, H, W) floating point, to be sliced."""
         return zarr.open_array(store=self.path / _ARRAY, mode="r")
 
     def probability(self, name: str) -> NDArray[np.float32]:
@@ -115,16 +118,31 @@ class ProbabilityMap:
         """
         if name not in self.classes:
             raise UsageError(f"{self.path}: no class {name!r}; there are {', '.join(self.classes)}")
+        rows = np.asarray(self._read(self.classes.index(name), slice(None)), np.float32)
+        self._count(int(np.count_nonzero(~np.isnan(rows))))
+        return rows
+
+    def check(self) -> None:
+        """Read all of it, some rows at a time.
+
+        Raises:
+            StoreCorruptError: what is on the disk is not what was written.
+        """
+        tops = range(0, self.array.shape[1], _CHUNK_PX)
+        rows = (self._read(0, slice(top, top + _CHUNK_PX)) for top in tops)
+        self._count(sum(int(np.count_nonzero(~np.isnan(part))) for part in rows))
+
+    def _read(self, channel: int, rows: slice) -> NDArray[np.floating[Any]]:
         try:
-            rows = np.asarray(self.array[self.classes.index(name)], np.float32)
+            return np.asarray(self.array[channel, rows])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise StoreCorruptError(f"{self.path}: cannot be read ({error}); score the slide again") from error
-        scored = int(np.count_nonzero(~np.isnan(rows)))
+
+    def _count(self, scored: int) -> None:
         if scored != self.facts["scored"]:
             raise StoreCorruptError(
                 f"{self.path}: {scored} pixels are there of {self.facts['scored']}; score the slide again"
             )
-        return rows
 
     def heatmap(self, name: str) -> Heatmap:
         """The scored pixels of a class as tiles, for pictures, outlines and QuPath."""
@@ -162,7 +180,7 @@ def blend_scores(
     options: HeatOptions,
     *,
     watch: Callable[[int], None] | None = None,
-) -> tuple[tuple[int, int], ...]:
+) -> Corners:
     """Score patches and blend their probabilities into a map whose pixels are the grid's strides.
 
     Tiles are decoded while those before go through the network; rows are written as soon as no patch can change them.
@@ -220,43 +238,75 @@ def write_heat(
         TooCoarseError: the slide is too coarse for the classifier.
     """
     options = options or HeatOptions()
-    if path.exists():
-        raise UsageError(f"{path}: is there already; remove it or choose another name")
     if runner.encoder.dim != len(facts.classes):
         raise UsageError(
             f"{runner.encoder.spec.name}: answers {runner.encoder.dim} numbers for {len(facts.classes)} classes"
         )
     grid = heat_grid(slide, facts, options, tissue) if grid is None else grid
-    width, height = slide.size
-    shape = (len(facts.classes), math.ceil(height / grid.stride[1]), math.ceil(width / grid.stride[0]))
+    about: dict[str, Any] = {
+        "colours": [list(colour) for colour in facts.colours],
+        "mpp": facts.mpp,
+        "patch_px": facts.patch_px,
+        "options": asdict(options),
+        "classifier_sha256": runner.encoder.weights_sha256,
+        "precision": runner.encoder.precision,
+        "patches": len(grid),
+    }
+
+    def blended(out: WritableMap) -> Corners:
+        return blend_scores(out, slide, grid, runner, options, watch=watch)
+
+    return write_map(path, slide, _place(slide, grid), facts.classes, blended, about)
+
+
+def write_map(
+    path: Path,
+    slide: Slide,
+    place: MapPlace,
+    classes: Sequence[str],
+    fill: Callable[[WritableMap], Corners],
+    facts: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+) -> ProbabilityMap:
+    """Write a map of probabilities; it is whole or not there.
+
+    Args:
+        path: a folder that is not there yet.
+        place: where its pixels lie on the slide.
+        classes: background first.
+        fill: writes the probabilities by rows, and gives the level-0 corners of what could not be read.
+        facts: JSON values that are saved with it, ``patches`` and ``patch_px`` among them.
+
+    Raises:
+        UsageError: there is something at ``path`` already.
+    """
+    if path.exists():
+        raise UsageError(f"{path}: is there already; remove it or choose another name")
+    size = zip(slide.size[::-1], place.scale[::-1], strict=True)
+    shape = (len(classes), *(math.ceil(length / scale) for length, scale in size))
     with make_folder_atomically(path) as staging:
         group = zarr.create_group(staging)
         array = group.create_array(
             _ARRAY,
             shape=shape,
             chunks=(shape[0], min(_CHUNK_PX, shape[1]), min(_CHUNK_PX, shape[2])),
-            dtype="float32",
+            dtype=dtype,
             fill_value=float("nan"),
             compressors=(ZstdCodec(level=1), Crc32cCodec()),
             dimension_names=("class", "y", "x"),
         )
         counted = _Counted(array)
-        unreadable = blend_scores(counted, slide, grid, runner, options, watch=watch)
+        unreadable = fill(counted)
         about: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,
-            "classes": list(facts.classes),
-            "colours": [list(colour) for colour in facts.colours],
-            "mpp": facts.mpp,
-            "patch_px": facts.patch_px,
-            "options": asdict(options),
-            "scale": list(_place(slide, grid).scale),
+            **facts,
+            "classes": list(classes),
+            "scale": list(place.scale),
             "frame": {
                 key: list(value) if isinstance(value, tuple) else value for key, value in asdict(slide.frame).items()
             },
-            "classifier_sha256": runner.encoder.weights_sha256,
-            "precision": runner.encoder.precision,
-            "patches": len(grid),
             "unreadable": [list(corner) for corner in unreadable],
             "scored": counted.scored,
         }

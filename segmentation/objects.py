@@ -23,7 +23,7 @@ _AREA = "area"
 
 
 class ClassMap(Protocol):
-    """Probabilities of classes, such as a ``DenseMap`` or a ``Refinement``.
+    """Probabilities of classes, such as ``Found`` of a segmenter or a ``Refinement``.
 
     Attributes:
         probabilities: (1 + C, H, W) array that is sliced, background the first; NaN = not scored.

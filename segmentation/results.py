@@ -9,6 +9,7 @@ import shapely
 
 from segmentation.masks import write_ome_tiff, write_ome_zarr
 from segmentation.measure import ClassSummary, summarize, write_objects_csv
+from segmentation.objects import find_objects
 from segmentation.polygons import PolygonOptions, find_polygons
 from segmentation.segmenter import Found
 from wsi.annotation import Annotation
@@ -61,6 +62,8 @@ class Results:
 
 def outlines_of(found: Found, options: PolygonOptions) -> list[Annotation]:
     """The pieces that were found as annotations with area, perimeter and mean probability, in level-0 pixels."""
+    if found.objects is not None:
+        return list(find_objects(found, found.objects, options))
     return list(find_polygons(found.labels, found.place, found.classes, options, probabilities=found.probability))
 
 

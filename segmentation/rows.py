@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LabelRows", "LikeliestRows"]
+__all__ = ["KindRows", "LabelRows", "LikeliestRows"]
 
 
 class _Rows:
@@ -29,6 +29,21 @@ class LabelRows(_Rows):
 
     def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
         return np.asarray(self._read(rows).argmax(0), np.uint8)
+
+
+class KindRows(_Rows):
+    """uint8 likeliest classes where anything but background is likely enough, one that is only a part of others left out."""
+
+    def __init__(self, probabilities: Any, part: int, threshold: float) -> None:
+        super().__init__(probabilities)
+        self._part = part
+        self._threshold = threshold
+
+    def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
+        values = self._read(rows)
+        there = values[1:].sum(0) > self._threshold
+        values[self._part] = -1
+        return np.asarray(np.where(there, values[1:].argmax(0) + 1, 0), np.uint8)
 
 
 class LikeliestRows(_Rows):

@@ -350,8 +350,7 @@ def _map_of_before(path: Path) -> ProbabilityMap | None:
         return None
     try:
         heat = ProbabilityMap.open(path)
-        for name in heat.classes:
-            heat.probability(name)
+        heat.check()
     except (StoreFormatError, StoreCorruptError):
         shutil.rmtree(path)
         return None

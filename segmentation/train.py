@@ -5,7 +5,8 @@ Each stage leaves a file in the model's folder, whole or not there; a run that b
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,17 +21,19 @@ from features.runner import EncoderRunner
 from segmentation.classifier import PatchClassifier
 from segmentation.classifier_training import ClassifierEpoch, train_classifier
 from segmentation.config import SegmentationConfig
+from segmentation.dense import TOKENS, train_dense
 from segmentation.examples import StoredExamples, save_example
-from segmentation.fit import Example, dice_of_labels
+from segmentation.fit import Example, Fitted, Watch, dice_of_labels
 from segmentation.heat import ProbabilityMap, write_heat
 from segmentation.prior import Prior
 from segmentation.refine import Refiner, example_of, train_refiner
 from segmentation.sampling import AnnotatedSlide, PatchIndex, SlidePatches, index_slide
-from segmentation.segmenter import CLASSIFIER_FILE, MODEL_FILE, REFINEMENT_FILE, write_model
+from segmentation.segmenter import CLASSIFIER_FILE, DENSE_FILE, MODEL_FILE, REFINEMENT_FILE, write_model
 from segmentation.splits import Split, split_slides
 from wsi._files import write_atomically, write_table
 from wsi._version import __version__
 from wsi.errors import CohortError, RunMismatchError, UsageError
+from wsi.slide import fingerprint
 
 __all__ = ["SilentWatcher", "Watcher", "train"]
 
@@ -83,11 +86,9 @@ def train(
     folder = Path(folder)
     if (folder / MODEL_FILE).exists():
         raise UsageError(f"{folder}: holds a trained model already; choose another folder, or remove it to train again")
-    if config.method != "patches":
-        Refiner.untrained(
-            config.refinement, device="cpu"
-        )  # what cannot be built is said before the first stage is trained
-    _begin(folder, slides, config)
+    if config.method in ("cascade", "picture"):  # what cannot be built is said before the first stage is trained
+        Refiner.untrained(config.refinement, device="cpu")
+    _begin(folder, slides, config, weights)
     course = _Course(tuple(slides), config, folder, weights, watcher or SilentWatcher())
     about = course.run()
     write_model(folder, about)
@@ -95,7 +96,7 @@ def train(
     return about
 
 
-def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationConfig) -> None:
+def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationConfig, weights: Path | None) -> None:
     """Note what is going to be learned from what; refuse a folder in which something else was begun."""
     # In their order, as what training leaves on its way goes by number; and with what decides who is held out.
     drawn = [
@@ -107,7 +108,8 @@ def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationC
         ]
         for each in slides
     ]
-    wanted = json.loads(json.dumps({"config": config.as_json(), "slides": drawn}))
+    given = None if weights is None else fingerprint(weights)
+    wanted = json.loads(json.dumps({"config": config.as_json(), "slides": drawn, "weights": given}))
     path = folder / _BEGUN
     left = {each.name for each in folder.iterdir()} if folder.exists() else set()
     if _BEGUN not in left or left == {_BEGUN}:  # or nothing came of it
@@ -115,12 +117,16 @@ def _begin(folder: Path, slides: Sequence[AnnotatedSlide], config: SegmentationC
         return
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
-        differs = [key for key in ("slides", "config") if begun[key] != wanted[key]]
+        differs = [key for key in wanted if begun[key] != wanted[key]]
         settings = [key for key, value in wanted["config"].items() if begun["config"].get(key) != value]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunMismatchError(f"{path}: cannot be read ({error}); remove {folder} and train again") from error
     if differs:
-        what = "other slides or annotations" if "slides" in differs else f"other settings ({', '.join(settings)})"
+        what = {
+            "slides": "other slides or annotations",
+            "config": f"other settings ({', '.join(settings)})",
+            "weights": "other weights of the trunk",
+        }[differs[-1]]
         raise RunMismatchError(
             f"{folder}: training was begun here with {what}; give the same to go on, another folder, or remove this one"
         )
@@ -139,14 +145,16 @@ class _Course:
     def run(self) -> dict[str, Any]:
         method = self.config.method
         facts: dict[str, Any] = {}
+        if method == "dense":
+            facts["validation"] = self._once("dense network", DENSE_FILE, self._dense)
         if method == "cascade":
             for number in range(self.config.folds):
                 self._score_fold(number)
-        if method != "picture":
+        if method in ("cascade", "patches"):
             self._classifier(CLASSIFIER_FILE, "patch classifier", range(len(self.slides)))
-        if method != "patches":
-            facts["validation"] = self._refinement()
-        if method != "picture":
+        if method in ("cascade", "picture"):
+            facts["validation"] = self._once("refinement", REFINEMENT_FILE, self._refinement)
+        if method in ("cascade", "patches"):
             facts["patches"] = self._index(range(len(self.slides))).counts()
         return {
             "method": method,
@@ -234,42 +242,71 @@ class _Course:
     def _heat(self, row: int) -> Path:
         return self.folder / _WORK / "heat" / f"{row}.zarr"
 
-    def _refinement(self) -> dict[str, float]:
-        """Train the second network, or read what its training gave."""
-        path = self.folder / REFINEMENT_FILE
+    def _once(self, title: str, name: str, train: Callable[[str, Path], dict[str, float]]) -> dict[str, float]:
+        """What training a network gave, of this call or an earlier one."""
+        path = self.folder / name
         told = path.with_suffix(".json")
         if path.exists() and told.exists():
-            self.watcher.note("refinement: there already")
+            self.watcher.note(f"{title}: there already")
             found: dict[str, float] = json.loads(told.read_text(encoding="utf-8"))
             return found
+        scores = train(title, path)
+        write_atomically(told, json.dumps(scores, indent=1).encode())
+        return scores
+
+    def _refinement(self, title: str, path: Path) -> dict[str, float]:
+        """Train the second network."""
         config = self.config
         examples = self._examples()
         held = self._split.validation
         learned = StoredExamples([examples[row] for row in range(len(self.slides)) if row not in held])
         validation = StoredExamples([examples[row] for row in held])
-        self.watcher.stage("refinement", config.fit.steps, "steps")
-        steps: list[tuple[int, float, float | None]] = []
-
-        def watch(step: int, loss: float, dice: float | None) -> None:
-            steps.append((step, loss, dice))
-            self.watcher.step(step, f"loss {loss:.3f}" + ("" if dice is None else f", Dice {dice:.3f}"))
-
-        refiner, fitted = train_refiner(
-            learned.draw, config.refinement, config.fit, validation, device=_device(config), watch=watch
-        )
-        write_table(path.with_suffix(".csv"), ("step", "loss", "dice"), steps)
+        with self._watched(title, path) as watch:
+            refiner, fitted = train_refiner(
+                learned.draw, config.refinement, config.fit, validation, device=_device(config), watch=watch
+            )
         scores = {"refined_dice": max(score for _, score in fitted.scores)} if fitted.scores else {}
         if config.method == "cascade" and len(validation):
             scores["patches_dice"] = dice_of_labels(
                 ((_likeliest(each), each.mask) for each in validation), len(config.classes) + 1
             )
         refiner.save(path, fitted=config.fit)
-        write_atomically(told, json.dumps(scores, indent=1).encode())
-        words = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
-        self.watcher.note(
-            f"refinement: step {fitted.best_step} of {len(fitted.losses)}" + (f"; {words}" if words else "")
-        )
+        self._judged(title, fitted, scores)
         return scores
+
+    def _dense(self, title: str, path: Path) -> dict[str, float]:
+        """Train the network of the method dense."""
+        config, held = self.config, self._split.validation
+        encoder = None
+        if config.dense.network == TOKENS:
+            encoder = config.network.load(weights=self.weights).to(_device(config))
+        learned = [slide for row, slide in enumerate(self.slides) if row not in held]
+        validation = [self.slides[row] for row in held]
+        with self._watched(title, path) as watch:
+            segmenter, fitted = train_dense(
+                learned, config.dense, config.fit, validation, encoder=encoder, device=_device(config), watch=watch
+            )
+        scores = {"dense_dice": max(score for _, score in fitted.scores)} if fitted.scores else {}
+        segmenter.save(path, fitted=config.fit)
+        self._judged(title, fitted, scores)
+        return scores
+
+    @contextmanager
+    def _watched(self, title: str, path: Path) -> Iterator[Watch]:
+        """What tells of the steps of a network's training; in the end they are written beside its file."""
+        self.watcher.stage(title, self.config.fit.steps, "steps")
+        steps: list[tuple[int, float, float | None]] = []
+
+        def watch(step: int, loss: float, dice: float | None) -> None:
+            steps.append((step, loss, dice))
+            self.watcher.step(step, f"loss {loss:.3f}" + ("" if dice is None else f", Dice {dice:.3f}"))
+
+        yield watch
+        write_table(path.with_suffix(".csv"), ("step", "loss", "dice"), steps)
+
+    def _judged(self, title: str, fitted: Fitted, scores: Mapping[str, float]) -> None:
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+        self.watcher.note(f"{title}: step {fitted.best_step} of {len(fitted.losses)}" + (f"; {words}" if words else ""))
 
     def _examples(self) -> list[Path]:
         """Each slide's picture, map and truth, on disk."""

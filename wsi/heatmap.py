@@ -199,7 +199,8 @@ class Heatmap:
         if is_geojson(path):
             write_geojson(path, self.annotations(), self.frame)
         elif path.suffix.lower() == ".csv":
-            rows = ((x, y, str(value)) for (x, y), value in zip(self.grid.xy.tolist(), self.values, strict=True))
+            cells = (None if np.isnan(value) else str(value) for value in self.values)
+            rows = ((x, y, cell) for (x, y), cell in zip(self.grid.xy.tolist(), cells, strict=True))
             write_table(path, ("x", "y", self.name), rows)
         elif path.suffix.lower() in PICTURE_SUFFIXES:
             write_picture(path, self.picture(view))

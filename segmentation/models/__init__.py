@@ -12,7 +12,7 @@ from segmentation.models.dru_net import DRUNet
 from segmentation.models.unet import UNet
 from wsi.errors import UsageError
 
-__all__ = ["NETWORKS", "SegmentationModel", "SegmentationOutput", "build_network"]
+__all__ = ["NETWORKS", "SegmentationModel", "SegmentationOutput", "build_network", "check_hyper"]
 
 NETWORKS: Mapping[str, type[SegmentationModel]] = MappingProxyType(
     {
@@ -34,11 +34,20 @@ def build_network(name: str, in_channels: int, n_classes: int, **hyper: Any) -> 
     """
     if name not in NETWORKS:
         raise UsageError(f"no network {name!r}{did_you_mean(name.lower(), NETWORKS)}; there are {', '.join(NETWORKS)}")
-    parameters = inspect.signature(NETWORKS[name]).parameters.values()
+    check_hyper(name, NETWORKS[name], hyper)
+    return NETWORKS[name](in_channels, n_classes, **hyper)
+
+
+def check_hyper(name: str, kind: type[SegmentationModel], hyper: Mapping[str, Any]) -> None:
+    """Refuse what is no hyper-parameter of a network's class.
+
+    Raises:
+        UsageError: there is such.
+    """
+    parameters = inspect.signature(kind).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     for word in hyper:
         if word not in known:
             raise UsageError(
                 f"{name} has no hyper-parameter {word!r}{did_you_mean(word, known)}; it has {', '.join(known)}"
             )
-    return NETWORKS[name](in_channels, n_classes, **hyper)

@@ -40,7 +40,7 @@ def test_the_second_network_sees_a_map_in_a_cascade_alone(method: Any) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"method": "both"}, "method is one of cascade, patches, picture, not 'both'"),
+        ({"method": "both"}, "method is one of cascade, patches, picture, dense, not 'both'"),
         ({"method": "picture"}, "in a cascade alone, not in picture"),
         ({"refinement": RefineConfig(("stroma", "tumour"))}, "of the same classes"),
         ({"refinement": RefineConfig(("tumour", "stroma"), heat=False)}, "in a cascade alone"),

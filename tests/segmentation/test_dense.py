@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import shapely
 import torch
-from PIL import Image
 
 from features.encoder import Encoder, EncoderRequest, EncoderSpec, build_encoder
 from segmentation.dense import (
     DenseConfig,
+    DenseLook,
     DenseSegmenter,
     contours_of,
     draw_from,
-    open_dense,
     over_turns,
     segment_slide,
     train_dense,
@@ -28,8 +27,10 @@ from segmentation.place import MapPlace
 from segmentation.polygons import find_polygons
 from segmentation.rows import LabelRows
 from segmentation.sampling import AnnotatedSlide
+from segmentation.segmenter import Found
+from tests.segmentation.trained import save_glands
 from wsi.annotation import Annotation
-from wsi.errors import ModelMismatchError, ReadError, StoreFormatError, UsageError
+from wsi.errors import ModelMismatchError, ReadError, UsageError
 from wsi.readers import ArrayReader, Pixels
 from wsi.slide import Slide
 
@@ -58,14 +59,14 @@ def test_the_map_is_what_the_network_says_of_each_pixel_at_its_resolution_up_to_
     segmenter = DenseSegmenter.untrained(CONFIG, device="cpu")
     made = segment_slide(segmenter, slide, tmp_path / "map.zarr", tissue=everything(slide), predict=darkness)
     assert made.place == MapPlace((2.0, 2.0), (1.0, 1.0))
-    assert made.probabilities.shape == (2, 105, 150)
-    assert made.classes == {1: "gland"}
+    assert made.array.shape == (2, 105, 150)
+    assert made.classes == ("background", "gland")
     expected = 1 - slide.thumbnail(150)[..., 0] / 255
-    np.testing.assert_allclose(made.probabilities[1], expected, atol=1e-3)
-    (piece,) = find_polygons(made.labels, made.place, made.classes)
+    np.testing.assert_allclose(made.probability("gland"), expected, atol=1e-3)
+    (piece,) = find_polygons(LabelRows(made.array), made.place, {1: "gland"})
     assert piece.geometry.symmetric_difference(shapely.box(60, 40, 200, 120)).area == 0
-    again = open_dense(tmp_path / "map.zarr")
-    assert (again.place, again.classes, again.unreadable) == (made.place, made.classes, 0)
+    assert made.unreadable == ()
+    made.check()
     with pytest.raises(UsageError, match="is there already"):
         segment_slide(segmenter, slide, tmp_path / "map.zarr")
 
@@ -82,13 +83,13 @@ def test_only_tiles_that_touch_tissue_are_seen_and_the_rest_is_nan_and_backgroun
 
     segmenter = DenseSegmenter.untrained(CONFIG, device="cpu")
     made = segment_slide(segmenter, slide, tmp_path / "map.zarr", tissue=tissue, predict=predict)
-    values = np.asarray(made.probabilities[1])
+    values = made.probability("gland")
     assert seen == 4  # tiles every 48 px of 64 px: columns from 0 (to 64) and 48, rows from 0 and 48
     scored = ~np.isnan(values)
     assert scored[:56, :56].all()
     assert scored.sum() == 56 * 56
-    assert (made.labels[:][~scored] == 0).all()
-    assert made.labels[:][25, 35] == 1
+    assert (LabelRows(made.array)[:][~scored] == 0).all()
+    assert LabelRows(made.array)[:][25, 35] == 1
 
 
 def test_a_tile_that_cannot_be_read_is_not_made_up_and_is_counted(tmp_path: Path) -> None:
@@ -102,8 +103,10 @@ def test_a_tile_that_cannot_be_read_is_not_made_up_and_is_counted(tmp_path: Path
     slide = Slide(Broken([whole.reader.read(0, 0, 0, *whole.size)]), name="b", path=None, mpp=whole.mpp)
     segmenter = DenseSegmenter.untrained(CONFIG, device="cpu")
     made = segment_slide(segmenter, slide, tmp_path / "map.zarr", tissue=everything(slide), predict=darkness)
-    values = np.asarray(made.probabilities[1])
-    assert made.unreadable > 0
+    values = made.probability("gland")
+    assert {(x // 48 * 48, y // 48 * 48) for x, y in made.unreadable} == set(made.unreadable)
+    assert all(x <= 100 < x + 64 and y <= 100 < y + 64 for x, y in made.unreadable)
+    assert len(made.unreadable) > 0
     assert np.isnan(values[50, 50])
     scored = ~np.isnan(values)
     expected = 1 - whole.thumbnail(150)[..., 0] / 255
@@ -129,7 +132,12 @@ def test_memory_does_not_grow_with_the_slides_height(tmp_path: Path) -> None:
         slide = Slide.from_array(np.broadcast_to(np.uint8(30), (height, 512, 3)), mpp=1.0)
         tracemalloc.start()
         segment_slide(
-            segmenter, slide, tmp_path / f"{height}.zarr", tissue=everything(slide), predict=darkness, batch_size=8
+            segmenter,
+            slide,
+            tmp_path / f"{height}.zarr",
+            DenseLook(batch_size=8),
+            tissue=everything(slide),
+            predict=darkness,
         )
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -164,7 +172,7 @@ def test_a_network_trained_on_squares_of_slides_finds_the_glands_of_another(tmp_
     for one in truth:
         x0, y0, x1, y1 = (int(v) for v in one.geometry.bounds)
         expected[y0:y1, x0:x1] = True
-    found = made.labels[:] == 1
+    found = LabelRows(made.array)[:] == 1
     assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) > 0.95
     segmenter.save(tmp_path / "d.safetensors", fitted=config)
     loaded = DenseSegmenter.load(tmp_path / "d.safetensors", device="cpu")
@@ -232,19 +240,8 @@ def test_places_are_drawn_evenly_over_the_tissue() -> None:
 
 def test_a_network_trained_with_contours_parts_glands_that_touch(tmp_path: Path) -> None:
     def glands(seed: int) -> AnnotatedSlide:
-        """Pairs of glands side by side, with a faint line between."""
-        rng = np.random.default_rng(seed)
-        pixels = np.full((192, 192, 3), 225, np.uint8)
-        truth = []
-        for corner in [(10, 20), (100, 10), (20, 110), (105, 105)]:
-            x, y = (rng.integers(10, size=2) + corner).tolist()
-            for left in (x, x + 30):
-                pixels[y : y + 40, left : left + 30] = (110, 60, 120)
-                pixels[y + 3 : y + 37, left + 3 : left + 27] = (170, 100, 160)
-                truth.append(Annotation(shapely.box(left, y, left + 30, y + 40), "gland"))
-        noisy = np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
         path = tmp_path / f"{seed}.png"
-        Image.fromarray(noisy).save(path)
+        truth = save_glands(path, seed)
         return AnnotatedSlide(path, truth, mpp=(2.0, 2.0), tissue=[Annotation(shapely.box(0, 0, 192, 192), "Tissue")])
 
     config = DenseConfig(
@@ -260,8 +257,8 @@ def test_a_network_trained_with_contours_parts_glands_that_touch(tmp_path: Path)
     unseen = glands(3)
     with unseen.open() as slide:
         made = segment_slide(segmenter, slide, tmp_path / "map.zarr", tissue=unseen.tissue)
-    assert dict(made.classes) == {1: "gland", 2: "contour"}
-    found = list(find_objects(made, InstanceOptions(min_area_um2=200)))
+    assert made.classes == ("background", "gland", "contour")
+    found = list(find_objects(Found.of_map(made), InstanceOptions(min_area_um2=200)))
     assert len(found) == 8
     for one in unseen.annotations:
         best = max(found, key=lambda a: a.geometry.intersection(one.geometry).area).geometry
@@ -350,9 +347,7 @@ def test_a_decoder_is_saved_without_its_encoder_and_answers_only_on_that_one(enc
         DenseSegmenter.untrained(config)
 
 
-def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(StoreFormatError, match="not a probability map"):
-        open_dense(tmp_path / "no.zarr")
+def test_what_cannot_be_is_said_in_one_line() -> None:
     with pytest.raises(UsageError, match="no slide to draw"):
         draw_from([], CONFIG)
     with pytest.raises(ValueError, match="different names"):

@@ -5,21 +5,21 @@ import tracemalloc
 import numpy as np
 import shapely
 
-from segmentation.dense import DenseMap
 from segmentation.instances import InstanceOptions, part_by_contour
 from segmentation.objects import find_objects
 from segmentation.place import MapPlace
 from segmentation.polygons import PolygonOptions, find_polygons
+from segmentation.segmenter import Found
 
 PLACE = MapPlace((2.0, 2.0), (0.5, 0.5))  # a map pixel is a micron
 PIXEL_EDGES = PolygonOptions(tolerance_um=0)
 
 
-def map_of(classes: tuple[str, ...], *values: np.ndarray, place: MapPlace = PLACE) -> DenseMap:
+def map_of(classes: tuple[str, ...], *values: np.ndarray, place: MapPlace = PLACE) -> Found:
     """A map of these classes' probabilities; background is what they leave."""
     known = np.stack(values)
     probabilities = np.concatenate([1 - known.sum(0, keepdims=True), known])
-    return DenseMap(probabilities, place, dict(enumerate(classes, start=1)), 0)
+    return Found(probabilities, place, dict(enumerate(classes, start=1)))
 
 
 def blobs(seed: int, shape: tuple[int, int] = (120, 160)) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +103,7 @@ def test_memory_grows_with_the_largest_area_and_not_with_the_map() -> None:
             return np.stack([1 - inside, inside])[classes]
 
     def peak(height: int) -> int:
-        made = DenseMap(Glands(height), PLACE, {1: "gland"}, 0)
+        made = Found(Glands(height), PLACE, {1: "gland"})
         tracemalloc.start()
         found = sum(1 for _ in find_objects(made))
         most = tracemalloc.get_traced_memory()[1]

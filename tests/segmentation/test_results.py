@@ -39,9 +39,8 @@ def slide(bounds: Box | None = None) -> Slide:
 def found() -> Found:
     labels = np.zeros((24, 32), np.uint8)
     labels[4:16, 8:24] = 1
-    return Found(
-        labels, np.where(labels, 0.9, 0.8).astype(np.float32), MapPlace((10.0, 10.0), (0.5, 0.5)), {1: "tumour"}
-    )
+    probabilities = np.where(labels, [[[0.1]], [[0.9]]], [[[0.8]], [[0.2]]]).astype(np.float32)
+    return Found(probabilities, MapPlace((10.0, 10.0), (0.5, 0.5)), {1: "tumour"})
 
 
 def written(folder: Path, opened: Slide, options: ResultOptions | None = None) -> module.Results:
@@ -110,7 +109,7 @@ def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
 
 
 def test_nothing_found_has_no_areas_and_files_all_the_same(tmp_path: Path) -> None:
-    empty = Found(np.zeros((24, 32), np.uint8), np.ones((24, 32), np.float32), found().place, {1: "tumour"})
+    empty = Found(np.stack([np.ones((24, 32)), np.zeros((24, 32))]), found().place, {1: "tumour"})
     got = write_results(tmp_path / "a", slide(), empty, [], ResultOptions(formats=FORMATS), tissue_mm2=0.0)
     assert (got.areas, got.n_objects) == ((), 0)
     assert read_geojson(tmp_path / "a.geojson").annotations == ()

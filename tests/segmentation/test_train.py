@@ -116,7 +116,7 @@ def models(
     cascade: Trained, slides: list[AnnotatedSlide], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Trained]:
     folder = tmp_path_factory.mktemp("models")
-    others: tuple[Method, ...] = ("patches", "picture")
+    others: tuple[Method, ...] = ("patches", "picture", "dense")
     return {"cascade": cascade} | {method: _recorded(slides, method, folder / method) for method in others}
 
 
@@ -147,7 +147,13 @@ def test_a_model_folder_is_whole_and_holds_nothing_that_only_training_needs(mode
     second = {"refinement.safetensors", "refinement.csv", "refinement.json"}
     always = {"model.json", "training.json"}
     files = {name: {path.name for path in each.folder.iterdir()} for name, each in models.items()}
-    assert files == {"cascade": always | first | second, "patches": always | first, "picture": always | second}
+    dense = {"dense.safetensors", "dense.csv", "dense.json"}
+    assert files == {
+        "cascade": always | first | second,
+        "patches": always | first,
+        "picture": always | second,
+        "dense": always | dense,
+    }
 
 
 def test_what_is_saved_says_how_the_model_was_made(cascade: Trained, slides: list[AnnotatedSlide]) -> None:

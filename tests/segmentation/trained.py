@@ -14,6 +14,7 @@ from segmentation.augment import NO_AUGMENTATION, Augmentation
 from segmentation.classifier import NetworkOptions
 from segmentation.classifier_training import ClassifierTraining
 from segmentation.config import Method, SegmentationConfig
+from segmentation.dense import DenseConfig
 from segmentation.fit import FitConfig
 from segmentation.losses import SegmentationLoss
 from segmentation.refine import RefineConfig
@@ -27,6 +28,7 @@ TISSUE = shapely.box(8, 8, 248, 184)
 CONFIG = SegmentationConfig(
     patches=PatchOptions(("tumour",), Tiling(mpp=1.0, tile_px=PX, min_tissue=0.5, spare=1.0), min_coverage=0.5),
     refinement=RefineConfig(("tumour",), hyper={"filters": (4, 8), "norm": "batch"}, side_px=64),
+    dense=DenseConfig(("tumour",), hyper={"filters": (4, 8), "norm": "batch"}, tile_px=64, overlap_px=16),
     network=NetworkOptions("colour-stats", frozen=True, hidden=0, dropout=0),
     classifier=ClassifierTraining(
         epochs=8, patches=192, validation_patches=64, lr=0.1, device="cpu", augmentation=NO_AUGMENTATION
@@ -62,6 +64,23 @@ def save_picture(path: Path, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(seed)).save(path)
     return path
+
+
+def save_glands(path: Path, seed: int) -> list[Annotation]:
+    """Pairs of glands side by side, with a darker line between, 192 px a side, at 2 microns per pixel; and their outlines."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((192, 192, 3), 225, np.uint8)
+    truth = []
+    for corner in [(10, 20), (100, 10), (20, 110), (105, 105)]:
+        x, y = (rng.integers(10, size=2) + corner).tolist()
+        for left in (x, x + 30):
+            pixels[y : y + 40, left : left + 30] = (110, 60, 120)
+            pixels[y + 3 : y + 37, left + 3 : left + 27] = (170, 100, 160)
+            truth.append(Annotation(shapely.box(left, y, left + 30, y + 40), "gland"))
+    noisy = np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noisy).save(path)
+    return truth
 
 
 def slide(folder: Path, seed: int) -> AnnotatedSlide:
