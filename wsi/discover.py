@@ -31,6 +31,7 @@ _MAGIC = (
 )
 _STORE_FILE = "wsi-store.json"
 _ZARR_FILES = ("zarr.json", ".zgroup", ".zattrs")
+_RESULTS_FILES = ("run.json", "report.jsonl")  # whose masks are pyramids, too
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ def _scan(root: Path, out: Path | None) -> Discovery:
                 unlisted.append(Unlisted(_rel(path, root), "a feature store"))
             elif out is not None and path.resolve() == out.resolve():
                 unlisted.append(Unlisted(_rel(path, root), "the folder of results"))
+            elif all((path / name).exists() for name in _RESULTS_FILES):
+                unlisted.append(Unlisted(_rel(path, root), "results of a segmentation"))
             elif any((path / name).exists() for name in _ZARR_FILES):
                 sources.append(SlideSource(path, _rel(path, root)))
             elif not (path / "Slidedat.ini").exists():  # else the companion of a .mrxs file

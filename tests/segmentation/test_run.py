@@ -269,6 +269,31 @@ def test_a_slide_that_another_process_works_on_is_busy_and_done_by_a_later_run(
     assert not list((out / ".locks").iterdir())
 
 
+@pytest.mark.parametrize("fault", ["lost", "flipped", "no map"])
+def test_a_damaged_map_of_an_earlier_run_is_made_again(
+    fault: str, cohort: Path, tmp_path: Path, segmenter: Segmenter
+) -> None:
+    out = tmp_path / "out"
+    run(cohort, out, segmenter)
+    before = {path.name: path.read_bytes() for path in out.glob("*.geojson")}
+    (heat,) = (out / "heat").glob("22-*.zarr")
+    (chunk,) = (path for path in (heat / "probability" / "c").rglob("*") if path.is_file())
+    if fault == "lost":
+        chunk.unlink()
+    elif fault == "flipped":
+        data = bytearray(chunk.read_bytes())
+        data[len(data) // 2] ^= 255
+        chunk.write_bytes(data)
+    else:
+        (heat / "zarr.json").write_text("{}", encoding="utf-8")
+    for path in out.glob("*.result.json"):
+        path.unlink()
+    watching = Watching()
+    assert set(statuses(run(cohort, out, segmenter, observer=watching)).values()) == {"done"}
+    assert [name for name, tiles, first in watching.begun if first < tiles] == ["22.png"]  # the others' maps are used
+    assert {path.name: path.read_bytes() for path in out.glob("*.geojson")} == before
+
+
 @pytest.mark.parametrize("error", [DeviceError("the device went away"), KeyboardInterrupt()])
 def test_a_run_that_ends_early_holds_nothing_and_the_next_one_finishes(
     error: BaseException, cohort: Path, tmp_path: Path, segmenter: Segmenter

@@ -301,6 +301,15 @@ def test_other_slides_annotations_patients_or_order_in_a_folder_that_was_begun_a
             train(other, CONFIG, tmp_path / "m")
 
 
+def test_other_weights_of_the_trunk_than_training_began_with_are_refused(
+    slides: list[AnnotatedSlide], tmp_path: Path
+) -> None:
+    _begun(slides, tmp_path / "m")
+    (tmp_path / "other.safetensors").write_bytes(b"other weights")
+    with pytest.raises(RunMismatchError, match="begun here with other weights of the trunk"):
+        train(slides, CONFIG, tmp_path / "m", weights=tmp_path / "other.safetensors")
+
+
 def test_a_folder_in_which_nothing_came_about_can_be_begun_with_other_settings(
     slides: list[AnnotatedSlide], tmp_path: Path
 ) -> None:

@@ -196,3 +196,16 @@ def test_the_real_folder(shared: Path) -> None:
     assert dicoms == ["dicom-cmu-1-small/1.2.826.0.1.3680043.8.498.58740178995208579534253317996600852419.dcm"]
     assert set(reasons(found)) == {"MANIFEST.md", "glas_composite_testB.json", "glas_composite_train.json"}
     assert np.all([s.bytes > 0 for s in found.sources if not s.relpath.endswith(".zarr")])
+
+
+def test_results_below_the_slides_are_no_slides(tmp_path: Path) -> None:
+    tiff(tmp_path / "a.tif")
+    for name in ("out", "earlier"):
+        tiff(tmp_path / name / "a.ome.tif")
+        (tmp_path / name / "report.jsonl").touch()
+    (tmp_path / "earlier" / "run.json").touch()
+    found = discover(tmp_path, out=tmp_path / "out")
+    assert paths(found) == ["a.tif"]
+    assert reasons(found) == {"out": "the folder of results", "earlier": "results of a segmentation"}
+    with pytest.raises(UsageError, match="OUT must be another folder than SLIDES"):
+        discover(tmp_path, out=tmp_path)
