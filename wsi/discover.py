@@ -169,6 +169,17 @@ def _place(name: str, root: Path) -> tuple[Path | str, str]:
         return location, location.as_posix()
 
 
+def _made_by_us(folder: Path, out: Path | None) -> str | None:
+    """What a folder below the slides is that this engine made, in which nothing is a slide; None for any other."""
+    if (folder / _STORE_FILE).exists():
+        return "a feature store"
+    if out is not None and folder.resolve() == out.resolve():
+        return "the folder of results"
+    if all((folder / name).exists() for name in _RESULTS_FILES):
+        return "results of a segmentation"
+    return None
+
+
 def _scan(root: Path, out: Path | None) -> Discovery:
     sources: list[SlideSource] = []
     unlisted: list[Unlisted] = []
@@ -200,12 +211,8 @@ def _scan(root: Path, out: Path | None) -> Discovery:
             seen.add(identity)
             if not entry.is_dir():
                 files.append(path)
-            elif (path / _STORE_FILE).exists():
-                unlisted.append(Unlisted(_rel(path, root), "a feature store"))
-            elif out is not None and path.resolve() == out.resolve():
-                unlisted.append(Unlisted(_rel(path, root), "the folder of results"))
-            elif all((path / name).exists() for name in _RESULTS_FILES):
-                unlisted.append(Unlisted(_rel(path, root), "results of a segmentation"))
+            elif made := _made_by_us(path, out):
+                unlisted.append(Unlisted(_rel(path, root), made))
             elif any((path / name).exists() for name in _ZARR_FILES):
                 sources.append(SlideSource(path, _rel(path, root)))
             elif not (path / "Slidedat.ini").exists():  # else the companion of a .mrxs file
