@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import shapely
 import torch
+from PIL import Image
 
+import segmentation.dense as module
 from features.encoder import Encoder, EncoderRequest, EncoderSpec, build_encoder
 from segmentation.dense import (
     DenseConfig,
@@ -19,7 +21,7 @@ from segmentation.dense import (
     segment_slide,
     train_dense,
 )
-from segmentation.fit import FitConfig, fit
+from segmentation.fit import Example, FitConfig, Fitted, fit
 from segmentation.instances import InstanceOptions
 from segmentation.losses import IGNORE, SegmentationLoss
 from segmentation.objects import find_objects
@@ -360,3 +362,52 @@ def test_what_cannot_be_is_said_in_one_line() -> None:
         train_dense([], CONFIG)
     with pytest.raises(ValueError, match="overlap_px"):
         DenseConfig(("a",), tile_px=8, overlap_px=8)
+
+
+def test_training_is_judged_by_a_bounded_number_of_squares_from_all_over_the_slides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slide(name: str, shade: int) -> AnnotatedSlide:
+        pixels = np.full((240, 480, 3), shade, np.uint8)
+        pixels[:, 400:] = shade + 1
+        Image.fromarray(pixels).save(tmp_path / name)
+        tissue = [Annotation(shapely.box(0, 0, 480, 240), "Tissue")]
+        return AnnotatedSlide(tmp_path / name, [], mpp=(2.0, 2.0), tissue=tissue)
+
+    judged: list[Example] = []
+
+    def watched(network: object, draw: object, config: object, validation: list[Example], **named: object) -> Fitted:
+        judged.extend(validation)
+        return Fitted((0.0,), (), 1)
+
+    monkeypatch.setattr(module, "fit", watched)
+    monkeypatch.setattr(module, "_MOST_SQUARES", 9)
+    slides = [slide("a.png", 100), slide("b.png", 150)]
+    train_dense(slides, CONFIG, FitConfig(1), slides, device="cpu")
+    assert len(judged) == 10  # five of the 120 of each
+    for shade in (100, 150):
+        assert {int(each.image[0, 0, 0]) for each in judged} >= {shade}
+    assert {int(each.image[-1, -1, 0]) for each in judged} & {101, 151}
+
+
+def test_a_network_may_look_at_larger_squares_than_it_was_trained_on_with_the_same_result(tmp_path: Path) -> None:
+    assert DenseLook(tile_px=64).of(CONFIG).overlap_px == 32
+    assert DenseLook().of(CONFIG) == CONFIG
+    assert DenseLook(tile_px=64, overlap_px=0).of(CONFIG).overlap_px == 0
+    slide = slide_of()
+    segmenter = DenseSegmenter.untrained(CONFIG, device="cpu")
+    shapes: list[tuple[int, ...]] = []
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        shapes.append(x.shape)
+        return darkness(x)
+
+    maps = [
+        segment_slide(
+            segmenter, slide, tmp_path / f"{number}.zarr", look, tissue=everything(slide), predict=predict
+        ).probability("gland")
+        for number, look in enumerate((None, DenseLook(64, turns=True, batch_size=2)))
+    ]
+    np.testing.assert_allclose(maps[0], maps[1], atol=2e-3)
+    assert {shape[2:] for shape in shapes} == {(32, 32), (64, 64)}
+    assert max(shape[0] for shape in shapes if shape[2] == 64) == 2
