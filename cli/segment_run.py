@@ -41,7 +41,7 @@ __all__ = ["run_model"]
 )
 @click.option(
     "--formats", default="geojson,mask,picture", show_default=True,
-    help="What is written of a slide: geojson, mask (OME-TIFF), picture, asap, ome-zarr, objects (CSV).",
+    help="What is written of a slide: geojson, mask (OME-TIFF), picture, asap, ome-zarr, objects (CSV), probability (Zarr).",
 )  # fmt: skip
 @click.option(
     "--tolerance", "tolerance_um", type=click.FloatRange(min=0), default=1.0, show_default=True,

@@ -6,14 +6,18 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from segmentation.annotated import with_class
-from segmentation.metrics import Interval, compare_maps, compare_objects, interval_of_mean
+from segmentation.heat import ProbabilityMap
+from segmentation.metrics import Interval, calibration, compare_maps, compare_objects, interval_of_mean
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
+from segmentation.results import PROBABILITY
 from segmentation.sampling import IGNORED
 from wsi._files import nan_as_none, write_atomically, write_table
 from wsi.annotation import Annotation
@@ -48,7 +52,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Score:
-    """One class on one slide. What is not defined, as recall where nothing was drawn, is NaN."""
+    """One class on one slide. What is not defined, as recall where nothing was drawn, is NaN.
+
+    ``ece`` and ``brier`` are of the probabilities of pixels, where results have them.
+    """
 
     slide: str
     class_name: str
@@ -60,6 +67,8 @@ class Score:
     object_f1: float = math.nan
     object_dice: float = math.nan
     object_hausdorff_um: float = math.nan
+    ece: float = math.nan
+    brier: float = math.nan
     n_found: int = 0
     n_true: int = 0
 
@@ -167,7 +176,8 @@ def evaluate(
     """Compare a folder of results with a folder of annotations; files find each other by the slide's name.
 
     Args:
-        out: holds ``.geojson`` (or ``.geojson.gz``) files, or masks as TIFF for slides without these.
+        out: holds ``.geojson`` (or ``.geojson.gz``) files, or masks as TIFF for slides without these; and maps of
+            probabilities, where it was asked for them.
         truth: annotations of any kind that ``read_annotations`` knows.
         frame_of: finds the frame of a slide by its stem, for masks and for results that do not say it.
 
@@ -195,10 +205,44 @@ def evaluate(
         notes += [
             f"{stem}: {path.name}: {line}" for line in check_annotations(shapes, frame.size, options.classes or None)
         ]
-        scores += evaluate_slide(with_class(found, options.classes), shapes, frame, options)
+        of_slide = evaluate_slide(with_class(found, options.classes), shapes, frame, options)
+        heat = results[stem].with_name(stem + PROBABILITY)
+        if heat.exists():
+            of_slide = _calibrated(of_slide, ProbabilityMap.open(heat), shapes)
+        scores += of_slide
     if not scores:
         raise UsageError(f"{truth}: holds no annotations of the slides in {out}: {'; '.join(notes) or 'no shapes'}")
     return Evaluation(tuple(scores), options, tuple(notes))
+
+
+class _Counting:
+    """(H, W) probabilities of a class, NaN where ``Ignore*`` was drawn."""
+
+    def __init__(self, heat: ProbabilityMap, name: str, ignored: Raster) -> None:
+        self._array, self._ignored = heat.array, ignored
+        self._channel = heat.classes.index(name)
+        self.shape: tuple[int, ...] = ignored.shape
+        self.chunks: tuple[int, ...] = heat.array.chunks[1:]
+
+    def __getitem__(self, rows: slice) -> NDArray[np.floating[Any]]:
+        values = np.array(self._array[self._channel, rows], np.float64)
+        values[self._ignored[rows] == 1] = np.nan
+        return values
+
+
+def _calibrated(scores: Sequence[Score], heat: ProbabilityMap, truth: Sequence[Annotation]) -> tuple[Score, ...]:
+    """The same, with how often what was said with a probability is so."""
+    shape = (heat.array.shape[1], heat.array.shape[2])
+    ignored = Raster(truth, heat.place, shape, {IGNORED: 1})
+    found = []
+    for score in scores:
+        if score.class_name in heat.classes:
+            drawn = Raster(truth, heat.place, shape, {score.class_name: 1})
+            agreement = calibration(_Counting(heat, score.class_name, ignored), drawn, 1)
+            found.append(replace(score, ece=agreement.ece, brier=agreement.brier))
+        else:
+            found.append(score)
+    return tuple(found)
 
 
 def _results(out: Path) -> dict[str, Path]:

@@ -267,6 +267,7 @@ def write_map(
     fill: Callable[[WritableMap], Corners],
     facts: Mapping[str, Any],
     *,
+    shape: tuple[int, int] | None = None,
     dtype: str = "float32",
 ) -> ProbabilityMap:
     """Write a map of probabilities; it is whole or not there.
@@ -277,20 +278,22 @@ def write_map(
         classes: background first.
         fill: writes the probabilities by rows, and gives the level-0 corners of what could not be read.
         facts: JSON values that are saved with it, ``patches`` and ``patch_px`` among them.
+        shape: (H, W) of it; by default what covers the slide.
 
     Raises:
         UsageError: there is something at ``path`` already.
     """
     if path.exists():
         raise UsageError(f"{path}: is there already; remove it or choose another name")
-    size = zip(slide.size[::-1], place.scale[::-1], strict=True)
-    shape = (len(classes), *(math.ceil(length / scale) for length, scale in size))
+    if shape is None:
+        (width, height), (x, y) = slide.size, place.scale
+        shape = (math.ceil(height / y), math.ceil(width / x))
     with make_folder_atomically(path) as staging:
         group = zarr.create_group(staging)
         array = group.create_array(
             _ARRAY,
-            shape=shape,
-            chunks=(shape[0], min(_CHUNK_PX, shape[1]), min(_CHUNK_PX, shape[2])),
+            shape=(len(classes), *shape),
+            chunks=(len(classes), *(min(_CHUNK_PX, length) for length in shape)),
             dtype=dtype,
             fill_value=float("nan"),
             compressors=(ZstdCodec(level=1), Crc32cCodec()),

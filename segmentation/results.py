@@ -4,13 +4,18 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
+import numpy as np
 import shapely
 
+from segmentation.blend import WritableMap
+from segmentation.heat import Corners, write_map
 from segmentation.masks import write_ome_tiff, write_ome_zarr
 from segmentation.measure import ClassSummary, summarize, write_objects_csv
 from segmentation.objects import find_objects
 from segmentation.polygons import PolygonOptions, find_polygons
+from segmentation.sampling import BACKGROUND
 from segmentation.segmenter import Found
 from wsi.annotation import Annotation
 from wsi.asap import write_asap
@@ -19,11 +24,13 @@ from wsi.geojson import Frame, write_geojson
 from wsi.picture import draw_areas, write_picture
 from wsi.slide import Slide
 
-__all__ = ["FORMATS", "ResultOptions", "Results", "outlines_of", "tissue_area_mm2", "write_results"]
+__all__ = ["FORMATS", "PROBABILITY", "ResultOptions", "Results", "outlines_of", "tissue_area_mm2", "write_results"]
 
-FORMATS = ("geojson", "mask", "picture", "asap", "ome-zarr", "objects")
+FORMATS = ("geojson", "mask", "picture", "asap", "ome-zarr", "objects", "probability")
+PROBABILITY: Final = ".probability.zarr"
 _MANY = 20_000  # polygons, from which on GeoJSON is compressed
 _PICTURE_PX = 2048
+_STRIP_PX = 256
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class ResultOptions:
     Attributes:
         polygons: how the label map becomes outlines.
         formats: of ``FORMATS``: ``geojson`` for QuPath, ``mask`` as pyramidal OME-TIFF, ``picture`` of the slide with the
-            areas on it, ``asap`` XML, ``ome-zarr`` label image, ``objects``: a table with a row a piece.
+            areas on it, ``asap`` XML, ``ome-zarr`` label image, ``objects``: a table with a row a piece, ``probability``: of each
+            class, in Zarr, as ``segmentation.heat.ProbabilityMap`` opens it.
     """
 
     polygons: PolygonOptions = field(default_factory=PolygonOptions)
@@ -100,6 +108,11 @@ def write_results(
         if path.exists():
             shutil.rmtree(path)
         write_ome_zarr(path, found.labels, found.place, found.classes)
+    if "probability" in options.formats:
+        path = name(PROBABILITY)
+        if path.exists():
+            shutil.rmtree(path)
+        _write_probability(path, slide, found)
     if "asap" in options.formats:
         write_asap(name(".xml"), annotations)
     if "objects" in options.formats:
@@ -109,6 +122,25 @@ def write_results(
         write_picture(name(".jpg"), draw_areas(view, annotations))
     areas = summarize(annotations, slide.mpp.xy, tissue_mm2=tissue_mm2) if annotations else ()
     return Results(tuple(path.name for path in files), areas, len(annotations))
+
+
+def _write_probability(path: Path, slide: Slide, found: Found) -> None:
+    kinds = [label for label in found.classes if label != found.rim]
+    shape = found.probabilities.shape
+
+    def fill(out: WritableMap) -> Corners:
+        for top in range(0, shape[1], _STRIP_PX):
+            rows = slice(top, min(shape[1], top + _STRIP_PX))
+            values = np.array(found.probabilities[:, rows], np.float32)
+            if found.rim is not None:  # is a part of the likeliest object
+                best = np.take(kinds, values[kinds].argmax(0))[None]
+                np.put_along_axis(values, best, np.take_along_axis(values, best, 0) + values[[found.rim]], 0)
+            out[:, rows] = values[[0, *kinds]]
+        return ()
+
+    names = (BACKGROUND, *(found.classes[label] for label in kinds))
+    facts = {"mpp": found.place.pixel_um[0], "patch_px": 1, "options": {"steps": 1}, "patches": 0}
+    write_map(path, slide, found.place, names, fill, facts, shape=(shape[1], shape[2]), dtype="float16")
 
 
 def tissue_area_mm2(tissue: Sequence[Annotation], frame: Frame) -> float:

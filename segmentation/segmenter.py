@@ -91,10 +91,14 @@ class Found:
     @property
     def labels(self) -> PixelRows:
         """(H, W) the likeliest class of each pixel, 0 background, rims of objects counted to these; read by rows."""
-        rims = [label for label, name in self.classes.items() if name == CONTOUR]
-        if self.objects is None or not rims:
+        if self.objects is None or self.rim is None:
             return LabelRows(self.probabilities)
-        return KindRows(self.probabilities, rims[0], self.objects.threshold)
+        return KindRows(self.probabilities, self.rim, self.objects.threshold)
+
+    @property
+    def rim(self) -> int | None:
+        """The label of objects' rims, where they are told."""
+        return next((label for label, name in self.classes.items() if name == CONTOUR), None)
 
     @property
     def probability(self) -> PixelRows:

@@ -12,11 +12,16 @@ from PIL import Image
 
 from cli.main import wsi
 from segmentation.evaluate import EvaluateOptions, evaluate, evaluate_slide
+from segmentation.place import MapPlace
+from segmentation.polygons import PolygonOptions
+from segmentation.results import ResultOptions, outlines_of, write_results
+from segmentation.segmenter import Found
 from tests.segmentation.label_maps import nasty_map
 from wsi.annotation import Annotation
 from wsi.asap import write_asap
 from wsi.errors import UsageError
 from wsi.geojson import Frame, write_geojson
+from wsi.slide import Slide
 
 FRAME = Frame("case-1.svs", (4000, 2000), (0.5, 0.5), (100, 0))
 EXACT = EvaluateOptions(mpp=0.5)
@@ -121,3 +126,30 @@ def test_the_command_prints_intervals_and_writes_both_tables(folders: tuple[Path
     assert dice["value"] == pytest.approx((1 + 0.4) / 2)
     assert (dice["low"], dice["high"], dice["n"]) == (pytest.approx(0.4), 1, 2)
     assert f"{dice['value']:.3f}" in result.output
+
+
+def test_probabilities_beside_results_are_judged_where_nothing_is_ignored(tmp_path: Path) -> None:
+    probabilities = np.empty((2, 10, 20), np.float32)
+    probabilities[1] = 0.25
+    probabilities[1, :, :10] = 0.75
+    probabilities[0] = 1 - probabilities[1]
+    with Slide.from_array(np.full((100, 200, 3), 240, np.uint8), mpp=1.0, name="a.png") as slide:
+        found = Found(probabilities, MapPlace((10.0, 10.0), (1.0, 1.0)), {1: "tumour"})
+        outlines = outlines_of(found, PolygonOptions(tolerance_um=0))
+        options = ResultOptions(formats=("geojson", "probability"))
+        write_results(tmp_path / "out" / "a", slide, found, outlines, options)
+        # Of what is said with 0.75 nine tenths are so, of the rest a fifth of the half that counts.
+        drawn = [
+            Annotation(shapely.box(0, 0, 90, 100), "tumour"),
+            Annotation(shapely.box(100, 0, 110, 100), "tumour"),
+            Annotation(shapely.box(150, 0, 200, 100), "Ignore*"),
+        ]
+        write_geojson(tmp_path / "truth" / "a.geojson", drawn, slide.frame)
+    evaluation = evaluate(tmp_path / "out", tmp_path / "truth", EvaluateOptions(objects=False))
+    (score,) = evaluation.scores
+    assert score.ece == pytest.approx((100 * (0.9 - 0.75) + 50 * (0.25 - 0.2)) / 150, abs=1e-6)
+    squares = 90 * 0.25**2 + 10 * 0.75**2 + 10 * 0.75**2 + 40 * 0.25**2
+    assert score.brier == pytest.approx(squares / 150, abs=1e-6)
+    assert evaluation.summary()["tumour"]["ece"].n == 1
+    plain = evaluate(tmp_path / "out" / "a.geojson", tmp_path / "truth", EvaluateOptions(objects=False)).scores
+    assert plain[0].ece == score.ece

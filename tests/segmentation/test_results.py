@@ -11,6 +11,9 @@ import tifffile
 from PIL import Image
 
 from segmentation import results as module
+from segmentation.dense import CONTOUR
+from segmentation.heat import ProbabilityMap
+from segmentation.instances import InstanceOptions
 from segmentation.place import MapPlace
 from segmentation.polygons import PolygonOptions
 from segmentation.results import FORMATS, ResultOptions, outlines_of, tissue_area_mm2, write_results
@@ -99,6 +102,28 @@ def test_results_replace_those_of_an_earlier_run_in_every_format(
     got = written(tmp_path, slide())
     assert {path.name for path in (tmp_path / "sub").iterdir()} == set(got.files)
     assert "a.b.geojson" in got.files
+
+
+def test_probabilities_come_back_as_they_were_and_where_they_lay(tmp_path: Path) -> None:
+    written(tmp_path, slide())
+    heat = ProbabilityMap.open(tmp_path / "sub" / "a.b.probability.zarr")
+    assert heat.classes == ("background", "tumour")
+    assert heat.place == found().place
+    np.testing.assert_allclose(np.asarray(heat.array[:]), found().probabilities, atol=1e-3)
+
+
+def test_the_probability_of_a_rim_is_that_of_the_object_it_is_of(tmp_path: Path) -> None:
+    # Background, benign, malignant, rim; one pixel each: inside, on a rim, beside.
+    values = np.array([[0.1, 0.8, 0.05, 0.05], [0.1, 0.1, 0.2, 0.6], [0.9, 0.05, 0.03, 0.02]], np.float32)
+    probabilities = np.repeat(values.T[:, None, :], 300, axis=1)
+    names = {1: "benign", 2: "malignant", 3: CONTOUR}
+    rimmed = Found(probabilities, MapPlace.covering(slide().frame, (300, 3)), names, InstanceOptions())
+    write_results(tmp_path / "a", slide(), rimmed, [], ResultOptions(formats=("probability",)))
+    heat = ProbabilityMap.open(tmp_path / "a.probability.zarr")
+    assert heat.classes == ("background", "benign", "malignant")
+    expected = [[0.1, 0.1, 0.9], [0.85, 0.1, 0.07], [0.05, 0.8, 0.03]]
+    np.testing.assert_allclose(np.asarray(heat.array[:, 299]), expected, atol=1e-3)
+    assert rimmed.labels[298:300].tolist() == [[1, 2, 0]] * 2
 
 
 def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:

@@ -95,7 +95,16 @@ def test_every_slide_gets_its_files_its_area_and_its_place(cohort: Path, tmp_pat
     options = replace(OPTIONS, results=ResultOptions(formats=FORMATS))
     report = run(cohort, out, segmenter, options, watching)
     assert (report.exit_code, set(statuses(report).values())) == (0, {"done"})
-    suffixes = {".geojson", ".ome.tif", ".jpg", ".xml", ".ome.zarr", ".objects.csv", ".result.json"}
+    suffixes = {
+        ".geojson",
+        ".ome.tif",
+        ".jpg",
+        ".xml",
+        ".ome.zarr",
+        ".objects.csv",
+        ".probability.zarr",
+        ".result.json",
+    }
     rows = {row["slide"]: row for row in areas_of(out)}
     assert set(rows) == {f"{seed}.png" for seed in SEEDS}
     for seed in SEEDS:
