@@ -19,7 +19,7 @@ from figures import Figure, parser, report
 from PIL import Image
 
 from segmentation.annotated import annotated_slides
-from segmentation.classifier import NetworkOptions, PatchClassifier
+from segmentation.classifier import NetworkOptions
 from segmentation.classifier_training import ClassifierTraining
 from segmentation.config import SegmentationConfig
 from segmentation.evaluate import EvaluateOptions, evaluate_slide
@@ -28,7 +28,7 @@ from segmentation.metrics import interval_of_mean, paired_difference
 from segmentation.polygons import PolygonOptions
 from segmentation.results import outlines_of
 from segmentation.sampling import PatchOptions
-from segmentation.segmenter import CLASSIFIER_FILE, MODEL_FILE, Segmenter, read_about
+from segmentation.segmenter import MODEL_FILE, Segmenter
 from segmentation.train import SilentWatcher, train
 from wsi.annotation import Annotation
 from wsi.discover import discover
@@ -137,7 +137,7 @@ def scores_of(segmenter: Segmenter, cohort: Path, heats: Path, picture: Path | N
     for source in discover(cohort / "slides").sources:
         with Slide.open(source.location) as slide:
             heat = None
-            if segmenter.looks_first:
+            if segmenter.first is not None:
                 heat = segmenter.score(slide, heats / f"{segmenter.about['method']}-{slide.name}.zarr")
             outlines = outlines_of(segmenter.find(slide, heat), PolygonOptions(tolerance_um=0))
             truth = read_geojson(cohort / "truth" / f"{Path(slide.name).stem}.geojson").annotations
@@ -148,12 +148,6 @@ def scores_of(segmenter: Segmenter, cohort: Path, heats: Path, picture: Path | N
                 drawn = [replace(each, color=(0, 110, 230)) for each in outlines]
                 Image.fromarray(draw_areas(view, [*drawn])).save(picture)
     return found
-
-
-def patches_alone(folder: Path) -> Segmenter:
-    """The cascade's own first stage."""
-    classifier = PatchClassifier.load(folder / CLASSIFIER_FILE)
-    return Segmenter(read_about(folder) | {"method": "patches"}, (classifier.encoder(), classifier.facts), None)
 
 
 def figures_of(scores: Mapping[str, Sequence[float]]) -> list[Figure]:
@@ -182,9 +176,10 @@ def main() -> None:
         config = config_of(size)
         seconds = trained(work, "cascade", config, work / "train")
         trained(work, "picture", config.with_method("picture"), work / "train")
+        cascade = Segmenter.load(work / "cascade")
         segmenters = {
-            "cascade": Segmenter.load(work / "cascade"),
-            "patches": patches_alone(work / "cascade"),
+            "cascade": cascade,
+            "patches": cascade.first_alone(),
             "picture": Segmenter.load(work / "picture"),
         }
         scores = {}

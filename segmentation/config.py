@@ -96,9 +96,9 @@ class SegmentationConfig:
     @classmethod
     def of_classes(cls, classes: Sequence[str], method: Method = "cascade") -> "SegmentationConfig":
         """The defaults for these classes, named as they are in annotations."""
-        names = tuple(classes)
-        refinement = RefineConfig(names, heat=method == "cascade")
-        made = cls(PatchOptions(names), refinement, DenseConfig(names), method)
+        patches = PatchOptions(tuple(classes))
+        refinement = RefineConfig(patches.classes, heat=method == "cascade")
+        made = cls(patches, refinement, DenseConfig(patches.classes), method)
         return replace(made, fit=DENSE_FIT) if method == "dense" else made
 
     def with_method(self, method: Method) -> "SegmentationConfig":

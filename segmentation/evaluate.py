@@ -18,7 +18,7 @@ from segmentation.metrics import Interval, calibration, compare_maps, compare_ob
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
 from segmentation.results import PROBABILITY
-from segmentation.sampling import IGNORED
+from segmentation.sampling import IGNORED, REGION
 from wsi._files import nan_as_none, write_atomically, write_table
 from wsi.annotation import Annotation
 from wsi.annotations import check_annotations, match_annotations, read_annotations
@@ -121,9 +121,10 @@ def evaluate_slide(
 ) -> tuple[Score, ...]:
     """Compare what was found on a slide with what was drawn, both in level-0 pixels.
 
-    What is drawn as ``Ignore*`` does not count, neither for areas nor, where it covers most of them, for objects.
+    What is drawn as ``Ignore*`` does not count, neither for areas nor, where it covers most of them, for objects; nor does,
+    on a slide with ``Region*``, what lies outside.
     """
-    options = options or EvaluateOptions()
+    options, truth = options or EvaluateOptions(), _without_regions(truth, frame)
     drawn = sorted({a.class_name for a in truth if a.class_name is not None} - {IGNORED})
     names = options.classes or tuple(drawn)
     factor = (max(1.0, options.mpp / frame.mpp[0]), max(1.0, options.mpp / frame.mpp[1]))
@@ -151,6 +152,15 @@ def evaluate_slide(
             )
         scores.append(score)
     return tuple(scores)
+
+
+def _without_regions(truth: Sequence[Annotation], frame: Frame) -> Sequence[Annotation]:
+    """The same, with what lies outside of regions drawn as ``Ignore*``."""
+    regions = [a.geometry for a in truth if a.class_name == REGION]
+    if not regions:
+        return truth
+    outside = shapely.difference(shapely.box(0, 0, *frame.size), shapely.union_all(regions))
+    return [*(a for a in truth if a.class_name != REGION), Annotation(outside, IGNORED)]
 
 
 def _objects(annotations: Sequence[Annotation], name: str, ignored: shapely.Geometry) -> list[shapely.Geometry]:
@@ -208,7 +218,7 @@ def evaluate(
         of_slide = evaluate_slide(with_class(found, options.classes), shapes, frame, options)
         heat = results[stem].with_name(stem + PROBABILITY)
         if heat.exists():
-            of_slide = _calibrated(of_slide, ProbabilityMap.open(heat), shapes)
+            of_slide = _calibrated(of_slide, ProbabilityMap.open(heat), _without_regions(shapes, frame))
         scores += of_slide
     if not scores:
         raise UsageError(f"{truth}: holds no annotations of the slides in {out}: {'; '.join(notes) or 'no shapes'}")

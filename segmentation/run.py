@@ -323,7 +323,7 @@ class _Run:
     def _heat(self, item: _Prepared) -> tuple[ProbabilityMap | None, float]:
         """The first stage's map, of this run or an earlier one, and the seconds its network worked."""
         segmenter = self._segmenter
-        if not segmenter.looks_first:
+        if segmenter.first is None:
             self._observer.slide_started(item.source, 1, 0)
             return None, 0.0
         path = self._out / "heat" / f"{self._names[item.source.relpath]}-{segmenter.heat_name(item.identity)}"

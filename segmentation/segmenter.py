@@ -2,28 +2,28 @@
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from features.encoder import Encoder, resolve_device
-from features.runner import EncoderRunner
-from segmentation.classifier import NetworkOptions, PatchClassifier, PatchFacts, exported_encoder
+from features.encoder import resolve_device
+from segmentation.classifier import NetworkOptions, PatchClassifier, exported_encoder
 from segmentation.components import PixelRows
-from segmentation.dense import CONTOUR, TOKENS, DenseLook, DenseSegmenter, Predict, dense_grid, segment_slide
+from segmentation.dense import CONTOUR, TOKENS, DenseLook, DenseSegmenter
 from segmentation.export import OnnxBackbone, OnnxRunner, check_installed, fastest, fastest_classifier
-from segmentation.heat import HeatOptions, ProbabilityMap, heat_grid, write_heat
+from segmentation.heat import HeatOptions, ProbabilityMap
 from segmentation.instances import InstanceOptions
 from segmentation.place import MapPlace
 from segmentation.prior import Prior
 from segmentation.refine import ExportedRefiner, Refiner, Refines, refine
 from segmentation.rows import KindRows, LabelRows, LikeliestRows
+from segmentation.stages import DenseStage, PatchStage, Stage
 from wsi._files import write_atomically
 from wsi.annotation import Annotation
 from wsi.errors import EnvironmentFaultError, ModelMismatchError, UsageError
@@ -54,17 +54,6 @@ _EXPORTED: Final = ".onnx"
 _OF: Final = "weights_sha256"  # of the file that was exported
 
 Runtime = Literal["auto", "torch"]
-
-
-class _FirstStage(NamedTuple):
-    runner: EncoderRunner
-    facts: PatchFacts
-
-
-class _DenseStage(NamedTuple):
-    network: DenseSegmenter
-    look: DenseLook
-    predict: Predict
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,30 +100,20 @@ class Segmenter:
 
     Attributes:
         about: the facts that were saved with it: method, classes, settings, how it was made.
+        first: the stage that sees a slide's tissue tile by tile, whose map ``find`` needs; None for the method picture.
         said: a line for each exported network that is not used, and why.
     """
 
-    def __init__(
-        self,
-        about: Mapping[str, Any],
-        first: tuple[Encoder, PatchFacts] | None,
-        refiner: Refines | None,
-        dense: tuple[DenseSegmenter, Predict] | None = None,
-    ) -> None:
+    def __init__(self, about: Mapping[str, Any], first: Stage | None, refiner: Refines | None) -> None:
         """A model of these networks.
 
         Args:
-            first: a patch classifier's ``encoder()`` and facts; None for a method without one.
-            refiner: None for a method without a refinement network.
-            dense: a dense network and what to ask in its place; None for other methods.
+            refiner: None for a method without a second network.
         """
         self.about = about
+        self.first = first
         self.said: list[str] = []
-        self.heat = HeatOptions(**about["config"]["heat"])
-        self._first = None if first is None else _FirstStage(EncoderRunner(first[0]), first[1])
         self._refiner = refiner
-        self._dense = None if dense is None else _DenseStage(dense[0], DenseLook(**about["config"]["look"]), dense[1])
-        self._dense_s = 0.0
 
     @classmethod
     def load(
@@ -160,28 +139,30 @@ class Segmenter:
         about = read_about(folder)
         where = resolve_device(device)
         exported, said = _exported(folder, about) if runtime == "auto" and where.type == "cpu" else ({}, [])
-        first: tuple[Encoder, PatchFacts] | None = None
+        config = about["config"]
+        first: Stage | None = None
         refiner: Refines | None = None
-        dense: tuple[DenseSegmenter, Predict] | None = None
-        if CLASSIFIER_FILE in about["files"]:
-            path = folder / CLASSIFIER_FILE
-            if path.name in exported:
-                first = exported_encoder(path, OnnxBackbone(exported[path.name]))
+        for name, digest in about["files"].items():
+            path, runner = folder / name, exported.get(name)
+            if name == CLASSIFIER_FILE:
+                first = _patch_stage(path, HeatOptions(**config["heat"]), where, runner, trunk_weights)
+            elif name == DENSE_FILE:
+                network = _dense_network(path, config, str(where), trunk_weights)
+                look, objects = DenseLook(**config["look"]), InstanceOptions(**config["objects"])
+                first = DenseStage(network, look, objects, weights_sha256=digest, predict=runner)
             else:
-                classifier = PatchClassifier.load(path, where, trunk_weights=trunk_weights)
-                first = classifier.encoder(), classifier.facts
-        if REFINEMENT_FILE in about["files"]:
-            path = folder / REFINEMENT_FILE
-            if path.name in exported:
-                refiner = ExportedRefiner.of_file(path, exported[path.name])
-            else:
-                refiner = Refiner.load(path, device=str(where))
-        if DENSE_FILE in about["files"]:
-            network = _dense_network(folder / DENSE_FILE, about, str(where), trunk_weights)
-            dense = network, exported.get(DENSE_FILE, network.predict)
-        made = cls(about, first, refiner, dense)
+                refiner = _refiner(path, str(where), runner)
+        made = cls(about, first, refiner)
         made.said += said
         return made
+
+    def first_alone(self) -> "Segmenter":
+        """What the first stage says without the second one, to compare.
+
+        Raises:
+            UsageError: there is no first stage.
+        """
+        return Segmenter({**self.about, "method": "patches"}, self._stage, None)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -189,36 +170,23 @@ class Segmenter:
         return tuple(self.about["classes"])
 
     @property
-    def looks_first(self) -> bool:
-        """Whether there is a stage that sees the slide's tissue tile by tile, whose map ``find`` needs."""
-        return self._first is not None or self._dense is not None
-
-    @property
-    def _stage(self) -> "_FirstStage":
-        if self._first is None:
-            raise UsageError(f"a model by the method {self.about['method']} has no patch classifier")
-        return self._first
+    def _stage(self) -> Stage:
+        if self.first is None:
+            raise UsageError(f"a model by the method {self.about['method']} has no first stage")
+        return self.first
 
     @property
     def busy_s(self) -> float:
         """Seconds that the first stage's network has worked so far."""
-        return self._dense_s + (0.0 if self._first is None else self._first.runner.busy_s)
+        return 0.0 if self.first is None else self.first.busy_s
 
     def grid(self, slide: Slide, tissue: Sequence[Annotation]) -> TileGrid:
-        """The tiles that the first stage looks at; see ``segmentation.heat.heat_grid``, ``segmentation.dense.dense_grid``."""
-        if self._dense is not None:
-            return dense_grid(slide, self._dense.network.config, self._dense.look, tissue)
-        return heat_grid(slide, self._stage.facts, self.heat, tissue)
+        """The tiles that the first stage looks at."""
+        return self._stage.grid(slide, tissue)
 
     def heat_name(self, fingerprint: Mapping[str, object]) -> str:
         """A file name that the first stage's maps of a slide share if, and only if, they would be the same."""
-        if self._dense is not None:
-            look = self._dense.look
-            seen = [asdict(look.of(self._dense.network.config).tiling(0.0)), look.turns]
-            made_of = [self.about["files"][DENSE_FILE], *seen, sorted(fingerprint.items())]
-        else:
-            weights = self._stage.runner.encoder.weights_sha256
-            made_of = [weights, self.heat.steps, self.heat.min_tissue, sorted(fingerprint.items())]
+        made_of = [*self._stage.made_of, sorted(fingerprint.items())]
         return f"{sha256(json.dumps(made_of, default=str).encode()).hexdigest()[:12]}.zarr"
 
     def score(
@@ -230,22 +198,8 @@ class Segmenter:
         grid: TileGrid | None = None,
         watch: Callable[[int], None] | None = None,
     ) -> ProbabilityMap:
-        """The first stage: a slide's probability map, written to ``path``.
-
-        See ``segmentation.heat.write_heat`` and ``segmentation.dense.segment_slide``.
-        """
-        if self._dense is not None:
-            network, look, predict = self._dense
-
-            def timed(x: NDArray[np.float32]) -> NDArray[np.float32]:
-                began = time.perf_counter()
-                answer = predict(x)
-                self._dense_s += time.perf_counter() - began
-                return answer
-
-            return segment_slide(network, slide, path, look, tissue=tissue, grid=grid, predict=timed, watch=watch)
-        runner, facts = self._stage
-        return write_heat(path, slide, runner, facts, self.heat, tissue=tissue, grid=grid, watch=watch)
+        """The first stage: a slide's probability map, written to ``path``."""
+        return self._stage.score(slide, path, tissue=tissue, grid=grid, watch=watch)
 
     def find(self, slide: Slide, heat: ProbabilityMap | None = None) -> Found:
         """What is on a slide.
@@ -260,9 +214,7 @@ class Segmenter:
         if self._refiner is None:
             if heat is None:
                 raise UsageError(f"{self.about['method']}: what is found is told from the first stage's map; give it")
-            parted = self._dense is not None and self._dense.network.config.contour_um is not None
-            objects = InstanceOptions(**self.about["config"]["objects"]) if parted else None
-            return Found.of_map(heat, objects)
+            return Found.of_map(heat, self._stage.objects)
         prior = None if heat is None else Prior.of_classes(heat, self.classes)
         refined = refine(self._refiner, slide, prior)
         return Found(refined.probabilities, refined.place, refined.classes)
@@ -332,10 +284,8 @@ def export_model(folder: str | os.PathLike[str], *, trunk_weights: Path | None =
             shape = (1, refiner.config.in_channels, refiner.config.side_px, refiner.config.side_px)
             choice = fastest(refiner.network, _noise(shape), facts=facts)
         else:
-            dense, look = (
-                _dense_network(folder / name, about, "cpu", trunk_weights),
-                DenseLook(**about["config"]["look"]),
-            )
+            config = about["config"]
+            dense, look = _dense_network(folder / name, config, "cpu", trunk_weights), DenseLook(**config["look"])
             if dense.config.network == TOKENS:
                 said.append(f"{name}: torch, as it stands on a foundation model")
                 continue
@@ -350,11 +300,24 @@ def export_model(folder: str | os.PathLike[str], *, trunk_weights: Path | None =
     return said
 
 
-def _dense_network(path: Path, about: Mapping[str, Any], device: str, weights: Path | None) -> DenseSegmenter:
+def _patch_stage(
+    path: Path, options: HeatOptions, device: torch.device, runner: OnnxRunner | None, weights: Path | None
+) -> PatchStage:
+    if runner is not None:
+        return PatchStage(*exported_encoder(path, OnnxBackbone(runner)), options)
+    classifier = PatchClassifier.load(path, device, trunk_weights=weights)
+    return PatchStage(classifier.encoder(), classifier.facts, options)
+
+
+def _refiner(path: Path, device: str, runner: OnnxRunner | None) -> Refines:
+    return Refiner.load(path, device=device) if runner is None else ExportedRefiner.of_file(path, runner)
+
+
+def _dense_network(path: Path, config: Mapping[str, Any], device: str, weights: Path | None) -> DenseSegmenter:
     """The dense network in a file, on its foundation model where it has one."""
     encoder = None
-    if about["config"]["dense"]["network"] == TOKENS:
-        encoder = NetworkOptions(**about["config"]["network"]).load(weights=weights).to(device)
+    if config["dense"]["network"] == TOKENS:
+        encoder = NetworkOptions(**config["network"]).load(weights=weights).to(device)
     return DenseSegmenter.load(path, encoder=encoder, device=device)
 
 

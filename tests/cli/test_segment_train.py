@@ -223,9 +223,10 @@ def test_help_names_every_flag_and_what_the_exit_codes_mean(command: Any) -> Non
     assert "Exit codes: 0 all well" in said
     said = " ".join(said.split())
     defaults = SegmentationConfig.of_classes(("a",))
-    assert f"[default: {defaults.fit.steps}]" in said
+    dense = SegmentationConfig.of_classes(("a",), "dense")
+    assert f"[default: {defaults.fit.steps}, dense: {dense.fit.steps}]" in said
     assert f"[default: {defaults.classifier.epochs}]" in said
     assert f"[default: {defaults.folds}]" in said
     assert f"[default: {defaults.refinement.side_px}]" in said
-    assert f"[default: {defaults.patches.tiling.tile_px}]" in said
+    assert f"[default: {defaults.patches.tiling.tile_px}, dense: {dense.dense.tile_px}]" in said
     assert f"[default: {defaults.network.trunk}]" in said

@@ -51,6 +51,16 @@ def test_what_is_to_be_ignored_counts_neither_as_area_nor_as_object() -> None:
     assert (tumor.dice, tumor.object_f1, tumor.n_found) == (1, 1, 1)
 
 
+def test_what_lies_outside_of_regions_counts_for_nothing_and_a_region_is_no_class() -> None:
+    frame = Frame("a", (200, 100), (1.0, 1.0))
+    truth = [Annotation(shapely.box(10, 10, 50, 50), "gland"), Annotation(shapely.box(0, 0, 100, 100), "Region*")]
+    found = [Annotation(shapely.box(10, 10, 50, 50), "gland"), Annotation(shapely.box(120, 10, 160, 50), "gland")]
+    (score,) = evaluate_slide(found, truth, frame)
+    assert (score.class_name, score.dice, score.object_f1, score.n_found) == ("gland", 1.0, 1.0, 1)
+    (score,) = evaluate_slide(found, truth[:1], frame)
+    assert score.dice == pytest.approx(2 / 3)
+
+
 def test_resolution_changes_numbers_little() -> None:
     labels = nasty_map(3) > 0
     shapes = [

@@ -1,15 +1,16 @@
 """Segmenter: each method asks for what it needs, and maps are shared only where they would be the same."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from segmentation.classifier import PatchClassifier
 from segmentation.heat import HeatOptions, ProbabilityMap
 from segmentation.place import MapPlace
 from segmentation.segmenter import Found, Segmenter, read_about, write_model
+from segmentation.stages import PatchStage
 from segmentation.train import train
 from tests.segmentation.trained import config, save_picture, slide, tumour
 from wsi.errors import ModelMismatchError, UsageError
@@ -62,9 +63,8 @@ def test_the_seconds_of_the_first_stage_are_counted(folder: Path, picture: Path,
 
 
 def _with(folder: Path, heat: HeatOptions) -> Segmenter:
-    plain = Segmenter.load(folder, device="cpu")
-    about = {**plain.about, "config": {**plain.about["config"], "heat": asdict(heat)}}
-    return Segmenter(about, plain._first and (plain._first.runner.encoder, plain._first.facts), None)
+    classifier = PatchClassifier.load(folder / "classifier.safetensors")
+    return Segmenter(read_about(folder), PatchStage(classifier.encoder(), classifier.facts, heat), None)
 
 
 def test_maps_share_a_name_only_where_they_would_be_the_same(folder: Path) -> None:
@@ -92,10 +92,10 @@ def test_patches_without_a_map_and_a_picture_with_a_first_stage_are_refused(fold
         with pytest.raises(UsageError, match="told from the first stage's map; give it"):
             segmenter.find(opened)
         alone = Segmenter({**segmenter.about, "method": "picture"}, None, None)
-        assert not alone.looks_first
-        with pytest.raises(UsageError, match="by the method picture has no patch classifier"):
+        assert alone.first is None
+        with pytest.raises(UsageError, match="by the method picture has no first stage"):
             alone.grid(opened, ())
-    assert segmenter.looks_first
+    assert segmenter.first is not None
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,18 @@ def test_a_model_is_the_networks_that_are_there_and_what_was_said_of_it(tmp_path
     (tmp_path / "refinement.safetensors").write_bytes(b"weightz")
     with pytest.raises(ModelMismatchError, match=r"refinement\.safetensors: is missing or damaged"):
         read_about(tmp_path)
+
+
+def test_the_first_stage_of_a_cascade_alone_says_what_its_map_says(
+    trained_model: Path, picture: Path, tmp_path: Path
+) -> None:
+    cascade = Segmenter.load(trained_model, device="cpu")
+    both, heat = scored(cascade, picture, tmp_path / "h.zarr")
+    alone = cascade.first_alone()
+    assert alone.about["method"] == "patches"
+    with Slide.open(picture, mpp=MPP) as opened:
+        first = alone.find(opened, heat)
+    np.testing.assert_array_equal(first.labels[:], heat.probability("tumour") > 0.5)
+    assert first.place == heat.place != both.place
+    with pytest.raises(UsageError, match="has no first stage"):
+        Segmenter({**cascade.about, "method": "picture"}, None, None).first_alone()

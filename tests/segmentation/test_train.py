@@ -124,7 +124,7 @@ def dice_on(model: Path, picture: Path, seed: int, scratch: Path) -> float:
     segmenter = Segmenter.load(model, device="cpu")
     with Slide.open(picture, mpp=(1.0, 1.0)) as opened:
         heat = None
-        if segmenter.looks_first:
+        if segmenter.first is not None:
             heat = segmenter.score(opened, scratch / "heat.zarr", tissue=[Annotation(TISSUE, "Tissue")])
         outlines = outlines_of(segmenter.find(opened, heat), PolygonOptions())
     found = shapely.union_all([outline.geometry for outline in outlines])
