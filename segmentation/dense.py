@@ -7,8 +7,9 @@ memory grows with the slide's width, never with its height.
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ from segmentation.models import SegmentationModel, build_network, check_hyper
 from segmentation.models.tokens import TokenDecoder
 from segmentation.place import MapPlace
 from segmentation.raster import Raster
-from segmentation.sampling import BACKGROUND, IGNORED, REGION, AnnotatedSlide
+from segmentation.sampling import BACKGROUND, IGNORED, REGION, AnnotatedSlide, OpenSlides
 from segmentation.saved import read_network, save_network
 from wsi.annotation import Annotation
 from wsi.errors import ModelMismatchError, UsageError
@@ -301,9 +302,9 @@ def train_dense(
     """
     fit_config = fit_config or FitConfig()
     segmenter = DenseSegmenter.untrained(config, encoder=encoder, seed=fit_config.seed, device=device)
-    with ExitStack() as stack:
+    with closing(OpenSlides()) as opened:
         trained, judged = (
-            [_Squares(stack.enter_context(each.open()), each.annotations, config, tissue=each.tissue) for each in part]
+            [_Squares(partial(opened.reading, each), each.annotations, config, tissue=each.tissue) for each in part]
             for part in (slides, validation)
         )
         looked_at = [square for squares in judged for square in squares.some(-(-_MOST_SQUARES // len(judged)))]
@@ -330,9 +331,14 @@ def draw_from(
         UsageError: there are no slides, or one without tissue.
     """
     outlines = [None] * len(slides) if tissue is None else tissue
+    given = zip(slides, outlines, strict=True)
     return _draw_of(
-        [_Squares(slide, truth, config, tissue=known) for (slide, truth), known in zip(slides, outlines, strict=True)]
+        [_Squares(partial(_as_it_is, slide), truth, config, tissue=known) for (slide, truth), known in given]
     )
+
+
+def _as_it_is(slide: Slide) -> AbstractContextManager[Slide]:
+    return nullcontext(slide)
 
 
 def _draw_of(slides: "Sequence[_Squares]") -> Draw:
@@ -346,25 +352,26 @@ class _Squares:
 
     def __init__(
         self,
-        slide: Slide,
+        reading: Callable[[], AbstractContextManager[Slide]],
         annotations: Sequence[Annotation],
         config: DenseConfig,
         *,
         tissue: Sequence[Annotation] | None,
     ) -> None:
-        self._slide = slide
-        lattice = slide.lattice(replace(config.tiling(0.0), overlap_px=0))
+        self._reading = reading
         self._chosen = [a for a in annotations if a.class_name == REGION]
-        self._tissue = region_of(slide.tissue() if tissue is None else tissue, self._chosen or None)
-        self._grid = lattice.keep(self._tissue, 0.0)
-        if not len(self._grid):
-            raise UsageError(f"{slide.name}: holds no tissue to draw examples from")
+        with reading() as slide:
+            self._size, self._mpp = slide.size, slide.mpp.xy
+            self._tissue = region_of(slide.tissue() if tissue is None else tissue, self._chosen or None)
+            self._grid = slide.lattice(replace(config.tiling(0.0), overlap_px=0)).keep(self._tissue, 0.0)
+            if not len(self._grid):
+                raise UsageError(f"{slide.name}: holds no tissue to draw examples from")
         shapely.prepare(self._tissue)
         self._labels = {**config.labels, IGNORED: IGNORE}
         truth = list(annotations)
         if config.contour_um is not None:
             objects = [a for a in annotations if a.class_name in config.classes]
-            truth += contours_of(objects, config.contour_um, MapPlace((1.0, 1.0), slide.mpp.xy), CONTOUR)
+            truth += contours_of(objects, config.contour_um, MapPlace((1.0, 1.0), self._mpp), CONTOUR)
         self._truth = [a for a in truth if a.class_name in self._labels]
         self._tree = shapely.STRtree([a.geometry for a in self._truth])
 
@@ -375,7 +382,7 @@ class _Squares:
         inside = shapely.contains_xy(self._tissue, places)
         middle = places[int(inside.argmax())]  # the first one inside; of a sliver of tissue, one beside it
         step, side = np.array(grid.downsample), np.array(grid.side)
-        last = np.maximum(0, (np.array(self._slide.size) - side) // step)
+        last = np.maximum(0, (np.array(self._size) - side) // step)
         xy = np.clip(np.rint((middle - side / 2) / step).astype(np.int64), 0, last) * step
         return self._square(replace(grid, xy=xy[None], tissue=grid.tissue[:1]), 0)
 
@@ -387,12 +394,13 @@ class _Squares:
     def _square(self, grid: TileGrid, row: int) -> Example:
         xy, px = grid.xy[row], grid.tile_px
         scale = (grid.side[0] / px, grid.side[1] / px)
-        place = MapPlace(scale, self._slide.mpp.xy, (float(xy[0]), float(xy[1])))
+        place = MapPlace(scale, self._mpp, (float(xy[0]), float(xy[1])))
         here = np.sort(self._tree.query(shapely.box(*xy, *(xy + grid.side))))
         mask = Raster([self._truth[i] for i in here], place, (px, px), self._labels)[:].astype(np.uint8)
         if self._chosen:
             mask[Raster(self._chosen, place, (px, px), {REGION: 1})[:] == 0] = IGNORE
-        return Example(self._slide.read_tile(grid, row), _no_heat(px), mask)
+        with self._reading() as slide:
+            return Example(slide.read_tile(grid, row), _no_heat(px), mask)
 
 
 def contours_of(objects: Sequence[Annotation], width_um: float, place: MapPlace, name: str) -> list[Annotation]:

@@ -1,6 +1,7 @@
 """Fit: the training loop of networks from pixels to classes, on examples that a callable draws."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from features.extract import prefetch
 from features.training import cosine_schedule
 from segmentation.augment import Augmentation, Lenses, augment
 from segmentation.losses import IGNORE, SegmentationLoss
@@ -17,6 +19,7 @@ from wsi.errors import DivergedError
 
 __all__ = ["Draw", "Example", "FitConfig", "Fitted", "Watch", "as_input", "dice_of_labels", "fit", "mean_dice"]
 
+_AHEAD = 2  # batches drawn while the network learns from one
 _RISE = 20  # the share of the steps, one in so many, over which the rate of a cosine schedule rises
 
 
@@ -130,7 +133,8 @@ def fit(
     The same seed, examples and machine give the same weights. The caller's random numbers are left alone.
 
     Args:
-        draw: an example for a generator; those of one batch have one size.
+        draw: an example for a generator; those of one batch have one size. It is called by a thread of its own, ahead of
+            the network.
         validation: what decides which weights are kept; without it the last ones are.
         watch: is called after each step.
 
@@ -148,14 +152,21 @@ def fit(
     scores: list[tuple[int, float]] = []
     best: tuple[float, int, dict[str, Tensor]] | None = None
     network.to(memory_format=torch.channels_last)  # a third faster on a CPU
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+
+    def batches() -> Iterator[list[Example]]:
+        for _ in range(config.steps * config.accumulate):
+            yield [_augmented(draw(rng), config.augmentation, rng) for _ in range(config.batch_size)]
+
+    with (
+        closing(prefetch(batches, _AHEAD)) as ready,
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(config.seed)
         for step in range(1, config.steps + 1):
             network.train()
             total = 0.0
             for _ in range(config.accumulate):
-                examples = [_augmented(draw(rng), config.augmentation, rng) for _ in range(config.batch_size)]
-                x, targets = _tensors(examples, device)
+                x, targets = _tensors(next(ready), device)
                 loss = config.loss(network(x), targets) / config.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()

@@ -9,7 +9,7 @@
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ __all__ = [
     "REGION",
     "AnnotatedSlide",
     "Draw",
+    "OpenSlides",
     "PatchBatch",
     "PatchIndex",
     "PatchOptions",
@@ -408,7 +409,7 @@ def read_patches(
         SlideError: a slide cannot be opened.
     """
     batches = [np.sort(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    with closing(_OpenSlides(_OPEN_SLIDES)) as slides:
+    with closing(OpenSlides()) as slides:
         stream = stream_jobs(
             _jobs(index, batches, slides), batch_size=batch_size, threads=threads or default_read_threads()
         )
@@ -425,7 +426,7 @@ def read_patches(
                     at += 1
 
 
-def _jobs(index: PatchIndex, batches: Sequence[NDArray[np.int64]], slides: "_OpenSlides") -> Iterator[TileJob]:
+def _jobs(index: PatchIndex, batches: Sequence[NDArray[np.int64]], slides: "OpenSlides") -> Iterator[TileJob]:
     for rows in batches:
         for patches, grid in index.grids(rows):
             yield TileJob(slides.take(patches.slide), grid)
@@ -438,10 +439,10 @@ def _with_labels(batch: TileBatch, rows: NDArray[np.int64], index: PatchIndex) -
     return PatchBatch(pixels, index.labels[rows].astype(np.int64), rows)
 
 
-class _OpenSlides:
+class OpenSlides:
     """The slides used last, open. One that is being read is never closed."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = _OPEN_SLIDES) -> None:
         self._most = most
         self._lock = threading.Lock()
         self._slides: OrderedDict[int, Slide] = OrderedDict()
@@ -465,6 +466,15 @@ class _OpenSlides:
         with self._lock:
             self._in_use[slide] -= 1
             self._in_use += Counter()  # forgets those at 0
+
+    @contextmanager
+    def reading(self, annotated: AnnotatedSlide) -> Iterator[Slide]:
+        """The slide, for as long as it is read."""
+        slide = self.take(annotated)
+        try:
+            yield slide
+        finally:
+            self.let_go(slide)
 
     def close(self) -> None:
         for slide in self._slides.values():

@@ -411,3 +411,31 @@ def test_a_network_may_look_at_larger_squares_than_it_was_trained_on_with_the_sa
     np.testing.assert_allclose(maps[0], maps[1], atol=2e-3)
     assert {shape[2:] for shape in shapes} == {(32, 32), (64, 64)}
     assert max(shape[0] for shape in shapes if shape[2] == 64) == 2
+
+
+def test_training_on_many_slides_holds_few_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: set[int] = set()
+    most = 0
+    close = Slide.close
+
+    def counting_open(self: AnnotatedSlide) -> Slide:
+        nonlocal most
+        slide = Slide.open(self.location, mpp=self.mpp)
+        opened.add(id(slide))
+        most = max(most, len(opened))
+        return slide
+
+    def counting_close(self: Slide) -> None:
+        opened.discard(id(self))
+        close(self)
+
+    monkeypatch.setattr(AnnotatedSlide, "open", counting_open)
+    monkeypatch.setattr(Slide, "close", counting_close)
+    slides = []
+    for number in range(40):
+        truth = save_glands(tmp_path / f"{number}.png", number)
+        tissue = [Annotation(shapely.box(0, 0, 192, 192), "Tissue")]
+        slides.append(AnnotatedSlide(tmp_path / f"{number}.png", truth, mpp=(2.0, 2.0), tissue=tissue))
+    train_dense(slides[:38], CONFIG, FitConfig(3, 8, 2), slides[38:], device="cpu")
+    assert most <= 33
+    assert not opened
