@@ -55,7 +55,8 @@ _LINE_EVERY_S = 30.0
 )  # fmt: skip
 @click.option(
     "--trunk",
-    help="Network of the patch classifier: h2g-mobilenet, timm:MODEL, or any of wsi encoders.  [default: h2g-mobilenet]",
+    help="Network of the patch classifier, or below a dense one on tokens: h2g-mobilenet, timm:MODEL, or any of "
+    "wsi encoders.  [default: h2g-mobilenet]",
 )
 @click.option("--frozen", is_flag=True, help="Leave the trunk as it is and learn only the layers after it.")
 @click.option(

@@ -26,7 +26,7 @@ from segmentation.rows import KindRows, LabelRows, LikeliestRows
 from segmentation.stages import DenseStage, PatchStage, Stage
 from wsi._files import write_atomically
 from wsi.annotation import Annotation
-from wsi.errors import EnvironmentFaultError, ModelMismatchError, UsageError
+from wsi.errors import EnvironmentFaultError, ModelMismatchError, TooCoarseError, UsageError
 from wsi.grid import TileGrid
 from wsi.slide import Slide
 
@@ -181,8 +181,17 @@ class Segmenter:
         return 0.0 if self.first is None else self.first.busy_s
 
     def grid(self, slide: Slide, tissue: Sequence[Annotation]) -> TileGrid:
-        """The tiles that the first stage looks at."""
-        return self._stage.grid(slide, tissue)
+        """The tiles that the first stage looks at.
+
+        Raises:
+            TooCoarseError: the slide is too coarse for the model.
+        """
+        try:
+            return self._stage.grid(slide, tissue)
+        except TooCoarseError as error:
+            raise TooCoarseError(
+                error.fact, "this model needs a sharper scan, or train one with a larger --mpp"
+            ) from None
 
     def heat_name(self, fingerprint: Mapping[str, object]) -> str:
         """A file name that the first stage's maps of a slide share if, and only if, they would be the same."""

@@ -32,7 +32,7 @@ from segmentation.segmenter import CLASSIFIER_FILE, DENSE_FILE, MODEL_FILE, REFI
 from segmentation.splits import Split, split_slides
 from wsi._files import write_atomically, write_table
 from wsi._version import __version__
-from wsi.errors import CohortError, RunMismatchError, UsageError
+from wsi.errors import CohortError, RunMismatchError, TooCoarseError, UsageError
 from wsi.slide import fingerprint
 
 __all__ = ["SilentWatcher", "Watcher", "train"]
@@ -80,6 +80,7 @@ def train(
     Raises:
         CohortError: too few slides or patients, or a class that none has.
         RunMismatchError: the folder was begun with other slides or settings.
+        TooCoarseError: a slide is too coarse for what the network is to see.
         MissingWeightsError: the trunk's weights are not on this machine and cannot be fetched.
         UsageError: the folder holds a whole model already, or there is no such network.
     """
@@ -90,7 +91,10 @@ def train(
         Refiner.untrained(config.refinement, device="cpu")
     _begin(folder, slides, config, weights)
     course = _Course(tuple(slides), config, folder, weights, watcher or SilentWatcher())
-    about = course.run()
+    try:
+        about = course.run()
+    except TooCoarseError as error:
+        raise TooCoarseError(error.fact, "leave the slide out, or train with a larger --mpp") from None
     write_model(folder, about)
     shutil.rmtree(folder / _WORK, ignore_errors=True)
     return about

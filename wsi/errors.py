@@ -198,9 +198,18 @@ class ImplausibleMppError(ResolutionError):
 
 
 class TooCoarseError(ResolutionError):
-    """The scan is coarser than the resolution asked for, and upsampling was not allowed."""
+    """The scan is coarser than the resolution asked for, and upsampling was not allowed.
+
+    Attributes:
+        fact: without what helps, which hangs on what the slide is wanted for.
+    """
 
     code = "MPP_TOO_COARSE"
+
+    def __init__(self, fact: str, remedy: str = "") -> None:
+        super().__init__(f"{fact}: {remedy}" if remedy else fact)
+        self.fact = fact
+        self.remedy = remedy
 
 
 class AnnotationError(WsiError):

@@ -100,8 +100,9 @@ class Pyramid:
         if allow_upsample:
             return wanted
         raise TooCoarseError(
-            f"the slide was scanned at {self.mpp[axis]:.4g} mpp, coarser than the {mpp:.4g} asked for: ask --mpp "
-            f"{self.mpp[axis]:.4g} or more, widen --mpp-tolerance, or accept invented detail with --allow-upsample"
+            f"the slide was scanned at {self.mpp[axis]:.4g} mpp, coarser than the {mpp:.4g} asked for",
+            f"ask --mpp {self.mpp[axis]:.4g} or more, widen --mpp-tolerance, or accept invented detail with "
+            f"--allow-upsample",
         )
 
 

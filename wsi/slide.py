@@ -216,7 +216,7 @@ class Slide:
         try:
             return cover(self.pyramid, tiling)
         except TooCoarseError as error:
-            raise TooCoarseError(f"{self.path or self.name}: {error}") from None
+            raise TooCoarseError(f"{self.path or self.name}: {error.fact}", error.remedy) from None
 
     def grid(
         self,

@@ -85,6 +85,8 @@ def test_slides_too_coarse_for_the_model_are_one_clear_line_each_and_exit_code_4
     for seed in SEEDS:
         (line,) = [line for line in said.splitlines() if line.startswith(f"{seed}.png")]
         assert "FAILED, MPP_TOO_COARSE: " in line
+        assert "this model needs a sharper scan" in line
+        assert "upsample" not in line
         assert "4" in line
 
 

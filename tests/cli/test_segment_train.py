@@ -204,6 +204,8 @@ def test_slides_too_coarse_for_the_patches_are_said_so(command: Any, cohort: Pat
     code, _, error = train(command, cohort, "--slide-mpp", 4.0)
     assert code == 2
     assert error.startswith("MPP_TOO_COARSE: ")
+    assert "leave the slide out, or train with a larger --mpp" in error
+    assert "upsample" not in error
     assert error.count("\n") == 1
 
 
