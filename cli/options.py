@@ -10,7 +10,16 @@ from wsi.grid import Tiling
 from wsi.readers import READER_NAMES
 from wsi.resolution import parse_mpp
 
-__all__ = ["encoder_options", "machine_options", "slide_options", "stack", "tiling_of", "tiling_options", "words_of"]
+__all__ = [
+    "encoder_options",
+    "machine_options",
+    "slide_options",
+    "stack",
+    "tiling_of",
+    "tiling_options",
+    "tissue_option",
+    "words_of",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -89,6 +98,12 @@ tiling_options = stack(
     ),
 )  # fmt: skip
 
+tissue_option = click.option(
+    "--tissue", "tissue_dir", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of GeoJSON outlines to use instead of finding tissue: OUT/tissue of wsi-extract, edited in QuPath, or copies "
+    "of it.",
+)  # fmt: skip
+
 slide_options = stack(
     click.option(
         "--slides", "table", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -102,10 +117,7 @@ slide_options = stack(
     click.option(
         "--reader", type=click.Choice(READER_NAMES), default="auto", show_default=True, help="How slides are read.",
     ),
-    click.option(
-        "--tissue", "tissue_dir", type=click.Path(exists=True, file_okay=False, path_type=Path),
-        help="Folder of GeoJSON outlines to use instead of finding tissue: OUT/tissue, edited in QuPath, or copies of it.",
-    ),
+    tissue_option,
     click.option(
         "--roi", type=click.Path(exists=True, path_type=Path),
         help="GeoJSON of regions of interest, or a folder with one file a slide: only tiles inside are taken.",

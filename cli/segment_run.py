@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.console import PatientConsole, say
-from cli.options import MppType, words_of
+from cli.options import MppType, tissue_option, words_of
 from cli.progress import CohortProgress
 from cli.run import EXIT_CODES
 from wsi.discover import discover
@@ -39,6 +39,7 @@ __all__ = ["run_model"]
 @click.option(
     "--reader", type=click.Choice(READER_NAMES), default="auto", show_default=True, help="How slides are read."
 )
+@tissue_option
 @click.option(
     "--formats", default="geojson,mask,picture", show_default=True,
     help="What is written of a slide: geojson, mask (OME-TIFF), picture, asap, ome-zarr, objects (CSV), probability (Zarr).",
@@ -104,7 +105,9 @@ def run_model(slides: str, out: Path, model: Path, **values: Any) -> int:
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         results = ResultOptions(polygons, words_of(values["formats"]))
-        options = RunOptions(results, values["slide_mpp"], values["reader"], values["max_unreadable"])
+        options = RunOptions(
+            results, values["slide_mpp"], values["reader"], values["tissue_dir"], values["max_unreadable"]
+        )
         segmenter = Segmenter.load(
             model, device=values["device"], runtime=values["runtime"], trunk_weights=values["weights"]
         )
@@ -134,7 +137,9 @@ def _tell(report: "Report", out: Path, console: PatientConsole) -> None:
     for outcome in report.outcomes:
         if outcome.status == "failed":
             say(console, f"{outcome.slide}: FAILED, {outcome.code}: {outcome.message}")
-        elif outcome.facts.get("unreadable"):
+        for note in outcome.facts.get("notes", ()):
+            say(console, f"{outcome.slide}: {note}")
+        if outcome.status != "failed" and outcome.facts.get("unreadable"):
             say(
                 console, f"{outcome.slide}: {outcome.facts['unreadable']} patches cannot be read, and count for nothing"
             )

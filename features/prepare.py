@@ -24,7 +24,15 @@ from wsi.readers import is_remote
 from wsi.slide import Overview, Slide, fingerprint, region_of
 from wsi.tissue import TissueOptions
 
-__all__ = ["PrepareOptions", "Prepared", "grid_slide", "is_current", "prepare_slide"]
+__all__ = [
+    "PrepareOptions",
+    "Prepared",
+    "grid_slide",
+    "is_current",
+    "prepare_slide",
+    "read_outlines",
+    "tissue_file",
+]
 
 IGNORED_CLASS = "Ignore*"  # QuPath's own class for what is to be left out: it is cut out of given tissue
 _PICTURE_PX, _LEAST_PICTURE_PX = 2048, 512  # longer side of the picture: of large slides, and of those where it costs
@@ -123,7 +131,7 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
 def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gridded:
     """Tissue and tiles of an open slide. Nothing is written."""
     lattice = slide.lattice(options.tiling)  # first: a scan that is too coarse is refused before any pixel is read
-    given = _given_file(options.tissue_dir, source)
+    given = tissue_file(options.tissue_dir, source)
     roi_file = _roi_file(options.roi, source)
     if options.roi is not None and roi_file is None:
         raise UsageError(
@@ -141,12 +149,12 @@ def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gr
         found_at = [round(um * step, 4) for um, step in zip(slide.mpp.xy, view.scale, strict=True)]
         facts: dict[str, Any] = {"source": "found", "options": asdict(options.tissue), "found_at_mpp": found_at}
     else:
-        outlines, remarks = _read_outlines(given, slide)
+        outlines, remarks = read_outlines(given, slide)
         facts = {"source": "given", "file": str(given), "sha256": _digest(given)}
         notes += [f"tissue from {given.name}", *remarks]
     roi = None
     if roi_file is not None:
-        roi, remarks = _read_outlines(roi_file, slide)
+        roi, remarks = read_outlines(roi_file, slide)
         facts["roi_sha256"] = _digest(roi_file)
         notes += remarks
     region = region_of(outlines, roi, holes=options.tiling.holes)
@@ -172,7 +180,7 @@ def is_current(stored: SlideStore, source: SlideSource, options: PrepareOptions)
     stated = options.slide_mpp or source.mpp
     if stated is not None and tuple(about["mpp"]) != stated:
         return False
-    given = _given_file(options.tissue_dir, source)
+    given = tissue_file(options.tissue_dir, source)
     if given is not None and _digest(given) not in (tissue.get("sha256"), tissue["geojson_sha256"]):
         return False
     if tissue["source"] == "found" and tissue["options"] != asdict(options.tissue):
@@ -250,10 +258,10 @@ def _mpp_notes(slide: Slide, grid: TileGrid, tiling: Tiling) -> list[str]:
 
 
 def _roi_file(roi: Path | None, source: SlideSource) -> Path | None:
-    return roi if roi is None or roi.is_file() else _given_file(roi, source)
+    return roi if roi is None or roi.is_file() else tissue_file(roi, source)
 
 
-def _given_file(folder: Path | None, source: SlideSource) -> Path | None:
+def tissue_file(folder: Path | None, source: SlideSource) -> Path | None:
     """The GeoJSON for a slide in a folder of them: by store key, relative path, file name, or stem, in this order.
 
     Raises:
@@ -278,7 +286,7 @@ def _given_file(folder: Path | None, source: SlideSource) -> Path | None:
     return None
 
 
-def _read_outlines(path: Path, slide: Slide) -> tuple[tuple[Annotation, ...], list[str]]:
+def read_outlines(path: Path, slide: Slide) -> tuple[tuple[Annotation, ...], list[str]]:
     """Polygons of a GeoJSON file less what is of QuPath's class ``Ignore*``, and remarks on what was wrong in it."""
     contents = read_geojson(path, origin=slide.frame.origin)
     remarks = [f"{path.name}: feature {r.index} left out: {r.reason}" for r in contents.rejected]

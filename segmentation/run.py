@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from features.extract import prefetch
 from features.keys import slide_key
 from features.lease import Lease
 from features.outcome import Ledger, NullObserver, Observer, Outcome, Report, failure
+from features.prepare import read_outlines, tissue_file
 from features.timing import Timing, peak_memory_bytes
 from features.writing import check_writable, disk_errors
 from segmentation.heat import ProbabilityMap
@@ -54,12 +56,14 @@ class RunOptions:
         results: what is written of a slide.
         slide_mpp: (x, y) of level 0 of all slides, where files are silent or wrong.
         reader: as ``wsi.readers``.
+        tissue_dir: folder of GeoJSON outlines to use instead of looking for tissue; slides without a file there are looked at.
         max_unreadable: a slide of which a larger share of patches cannot be read fails.
     """
 
     results: ResultOptions = field(default_factory=ResultOptions)
     slide_mpp: tuple[float, float] | None = None
     reader: str = "auto"
+    tissue_dir: Path | None = None
     max_unreadable: float = 0.01
 
 
@@ -186,6 +190,7 @@ class _Prepared:
     slide: Slide
     tissue: tuple[Annotation, ...]
     identity: Mapping[str, object]
+    notes: tuple[str, ...]
     seconds: float
 
 
@@ -231,7 +236,12 @@ class _Run:
         slide: Slide | None = None
         try:
             lease.acquire()
-            identity = {**fingerprint(source.location), "mpp": list(source.mpp) if source.mpp else None}
+            identity: dict[str, object] = {
+                **fingerprint(source.location), "mpp": list(source.mpp) if source.mpp else None,
+            }  # fmt: skip
+            given = tissue_file(self._options.tissue_dir, source)
+            if given is not None:
+                identity["tissue_sha256"] = sha256(given.read_bytes()).hexdigest()
             known = self._done(source, identity)
             if known is not None:
                 lease.release()
@@ -239,8 +249,8 @@ class _Run:
             slide = Slide.open(
                 source.location, mpp=self._options.slide_mpp, csv_mpp=source.mpp, reader=self._options.reader
             )
-            tissue = slide.tissue()
-            return _Prepared(source, key, lease, slide, tissue, identity, time.perf_counter() - began)
+            tissue, notes = (slide.tissue(), []) if given is None else read_outlines(given, slide)
+            return _Prepared(source, key, lease, slide, tissue, identity, tuple(notes), time.perf_counter() - began)
         except SlideBusyError as error:
             return _Settled(source, Outcome(source.relpath, key, "busy", error.code, str(error)))
         except EnvironmentFaultError:
@@ -311,6 +321,7 @@ class _Run:
             "n_objects": written.n_objects,
             "areas": [area.as_json() for area in written.areas],
             "files": list(written.files),
+            "notes": list(item.notes),
             "source": dict(item.identity),
         }
         done = {"slide": source.relpath, **facts}

@@ -18,7 +18,7 @@ from wsi.errors import ReadError, SlideNotFoundError, TooCoarseError, Unsupporte
 from wsi.geojson import Frame
 from wsi.grid import Box, TileGrid, Tiling, cover
 from wsi.pyramid import Pyramid
-from wsi.readers import ArrayReader, Pixels, Reader, is_remote, open_reader
+from wsi.readers import ArrayReader, Pixels, Reader, check_file, is_remote, open_reader
 from wsi.resolution import Mpp, resolve_mpp
 from wsi.tissue import TissueOptions, find_tissue, is_brightfield
 
@@ -322,6 +322,9 @@ def fingerprint(location: str | Path) -> dict[str, object]:
                 digest.update(file.read(_SAMPLE_BYTES))
     except FileNotFoundError as error:
         raise SlideNotFoundError(f"{location}: there is no such file") from error
+    except IsADirectoryError:
+        check_file(Path(location))
+        raise
     return {"bytes": size, "sample_sha256": digest.hexdigest()}
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapely
 
 from tests.segmentation.trained import save_picture, tumour
-from wsi.geojson import read_geojson
+from wsi.annotation import Annotation
+from wsi.geojson import Frame, read_geojson, write_geojson
 
 SEEDS = (21, 22)
 
@@ -183,3 +185,50 @@ def test_help_names_every_flag_and_what_the_exit_codes_mean(command: Any) -> Non
     assert "Exit codes: 0 all well" in said
     code, said, _ = command("wsi", "segment", "--help")
     assert [verb in said for verb in ("train", "run", "evaluate", "export")] == [True] * 4
+
+
+def test_tissue_that_somebody_outlined_is_used_and_a_change_of_it_makes_the_slide_anew(
+    command: Any, slides: Path, trained_model: Path, tmp_path: Path
+) -> None:
+    frame = Frame("21.png", (256, 192), (1.0, 1.0))
+    whole = tumour(21)
+    x0, y0, x1, y1 = whole.bounds
+    half = shapely.box(x0 - 8, y0 - 8, (x0 + x1) / 2, y1 + 8)
+    write_geojson(tmp_path / "tissue" / "21.geojson", [Annotation(half, "Tissue")], frame)
+    words = ("--tissue", tmp_path / "tissue", "--formats", "geojson")
+    code, said, _ = run(command, slides, trained_model, *words)
+    assert code == 0
+    out = slides.parent / "out"
+    with (out / "areas.csv").open(encoding="utf-8", newline="") as file:
+        share = {row["slide"]: float(row["tissue_share"]) for row in csv.DictReader(file)}
+    assert share["21.png"] > 0.5  # of the outline; of all tissue it is less than a fifth
+    assert share["22.png"] < 0.2
+    assert "2 there already" in run(command, slides, trained_model, *words)[1]
+    write_geojson(tmp_path / "tissue" / "21.geojson", [Annotation(shapely.box(8, 8, 248, 184), "Tissue")], frame)
+    code, said, _ = run(command, slides, trained_model, *words)
+    assert "1 slides in" in said
+    assert "1 there already" in said
+    with (out / "areas.csv").open(encoding="utf-8", newline="") as file:
+        share = {row["slide"]: float(row["tissue_share"]) for row in csv.DictReader(file)}
+    assert share["21.png"] < 0.2
+
+
+def test_outlines_that_lie_outside_their_slide_are_said_so(
+    command: Any, slides: Path, trained_model: Path, tmp_path: Path
+) -> None:
+    frame = Frame("21.png", (256, 192), (1.0, 1.0))
+    far = shapely.box(5000, 5000, 5100, 5100)
+    write_geojson(tmp_path / "tissue" / "21.geojson", [Annotation(far, "Tissue")], frame)
+    code, said, _ = run(command, slides, trained_model, "--tissue", tmp_path / "tissue")
+    assert code == 0
+    assert "21.png: 21.geojson: " in said
+    assert "outside" in said
+
+
+def test_a_zarr_image_is_refused_with_what_helps(command: Any, slides: Path, trained_model: Path) -> None:
+    (slides / "a.ome.zarr").mkdir()
+    (slides / "a.ome.zarr" / "zarr.json").write_text("{}", encoding="utf-8")
+    code, said, _ = run(command, slides, trained_model)
+    assert code == 3
+    assert "a.ome.zarr: FAILED, NOT_A_SLIDE: " in said
+    assert "convert it to OME-TIFF" in said

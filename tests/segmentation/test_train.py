@@ -15,6 +15,7 @@ import segmentation.train as module
 from segmentation.classifier import PatchClassifier
 from segmentation.classifier_training import train_classifier
 from segmentation.config import METHODS, Method
+from segmentation.dense import train_dense
 from segmentation.heat import ProbabilityMap, write_heat
 from segmentation.polygons import PolygonOptions
 from segmentation.refine import Refiner, train_refiner
@@ -381,3 +382,20 @@ def test_cohorts_too_small_are_refused(slides: list[AnnotatedSlide], tmp_path: P
         train(slides[:2], CONFIG, tmp_path / "a")
     with pytest.raises(CohortError, match="nothing to learn from"):
         train(slides[:3], CONFIG, tmp_path / "b")
+
+
+def test_a_dense_network_is_not_trained_on_the_slides_that_judge_it(
+    slides: list[AnnotatedSlide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+
+    def recording(learned: Any, dense: Any, fit: Any, validation: Any, **named: Any) -> Any:
+        seen.extend({str(each.location) for each in part} for part in (learned, validation))
+        return train_dense(learned, dense, fit, validation, **named)
+
+    monkeypatch.setattr(module, "train_dense", recording)
+    about = train(slides, config("dense", fit=replace(CONFIG.fit, steps=1)), tmp_path / "m")
+    learned, judged = seen
+    assert judged == set(about["validation_slides"])
+    assert judged
+    assert learned == {str(each.location) for each in slides} - judged

@@ -23,7 +23,7 @@ from wsi.readers.openslide import OpenSlideReader
 from wsi.readers.tiff import TiffReader
 from wsi.readers.tiffslide import TiffSlideReader
 
-__all__ = ["READER_NAMES", "ArrayReader", "Pixels", "Reader", "is_remote", "open_reader"]
+__all__ = ["READER_NAMES", "ArrayReader", "Pixels", "Reader", "check_file", "is_remote", "open_reader"]
 
 
 def _exact_tiff(path: Path) -> Reader:
@@ -64,7 +64,7 @@ def open_reader(location: str | Path, reader: str = "auto") -> Reader:
     if is_remote(location):
         return TiffSlideReader(str(location))
     path = Path(location)
-    _check_file(path)
+    check_file(path)
     if reader != "auto":
         return _READERS[reader](path)
     names = [name for name in _READERS if name not in _TIFF_ONLY or _starts_like_tiff(path)]
@@ -84,7 +84,8 @@ def open_reader(location: str | Path, reader: str = "auto") -> Reader:
     raise NotASlideError(f"{path}: no reader accepts it ({said})")
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Refuse what is no file that a reader could take."""
     if path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
         raise NotASlideError(f"{path}: a Zarr image, which no reader here takes; convert it to OME-TIFF")
     if path.is_dir() and not os.access(path, os.R_OK):
