@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from features.encoder import Encoder, EncoderSpec
 from features.runner import EncoderRunner
 from segmentation.classifier import PatchFacts
-from segmentation.heat import HeatOptions, ProbabilityMap, write_heat
+from segmentation.heat import HeatOptions, ProbabilityMap, heat_grid, write_heat
 from tests.segmentation.patches import PX, TUMOUR, box, picture
 from wsi.errors import ReadError, StoreCorruptError, StoreFormatError, TooCoarseError, UsageError
 from wsi.readers.array import ArrayReader
@@ -168,3 +168,11 @@ def test_damage_and_misuse_are_said_in_a_line(slide: Slide, tmp_path: Path) -> N
         heat.probability("tumour")
     with pytest.raises(StoreFormatError, match="gone"):
         ProbabilityMap.open(tmp_path / "gone")
+
+
+def test_patches_are_read_from_the_level_that_has_their_resolution() -> None:
+    pixels = np.full((512, 512, 3), 120, np.uint8)
+    opened = Slide(
+        ArrayReader([pixels, pixels[::2, ::2], pixels[::4, ::4]]), name="a", path=None, mpp=Mpp(0.25, 0.25, "flag")
+    )
+    assert heat_grid(opened, FACTS, HeatOptions(), ALL).level == 2  # 0.25 microns, times four
