@@ -18,6 +18,8 @@ from wsi.errors import DeviceError
 
 __all__ = ["EncodedBatch", "EncoderRunner", "Encoding", "batch_memory"]
 
+_PX_A_THREAD = 2 * 256**2  # of a CPU; see benchmarks/cpu.py
+
 
 class EncodedBatch(NamedTuple):
     """Vectors (B, D) float32 and whether each is finite (B,); a row that is not is NaN throughout."""
@@ -67,11 +69,12 @@ class EncoderRunner:
         pixels = np.require(pixels, requirements=["C", "W"])  # torch shares the memory and warns where it is read-only
         parts: list[_Part] = []
         done = 0
+        most = min(limit for limit in (self.batch_limit, self._at_once, len(pixels)) if limit is not None)
         while done < len(pixels):
-            end = min(done + (self.batch_limit or len(pixels)), len(pixels))
+            end = min(done + most, len(pixels))
             part = self._try(pixels[done:end])
             if part is None:
-                self.batch_limit = (end - done) // 2
+                most = self.batch_limit = (end - done) // 2
                 _release_memory(self.encoder.device)
             else:
                 parts.append(part)
@@ -92,6 +95,17 @@ class EncoderRunner:
             vectors[again], finite[again] = self._in_fp32.encode(pixels[again])
         vectors[~finite] = np.nan
         return EncodedBatch(vectors, finite)
+
+    @property
+    def _at_once(self) -> int | None:
+        """How many tiles a network takes together on a CPU; None for no limit.
+
+        Few are faster: what lies between layers stays in the caches, and in memory that the process has already.
+        """
+        side = self.encoder.spec.input_px
+        if side is None or self.encoder.device.type != "cpu":
+            return None
+        return max(1, _PX_A_THREAD * torch.get_num_threads() // side**2)
 
     @property
     def peak_bytes(self) -> int:

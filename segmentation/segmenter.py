@@ -101,6 +101,7 @@ class Segmenter:
     Attributes:
         about: the facts that were saved with it: method, classes, settings, how it was made.
         first: the stage that sees a slide's tissue tile by tile, whose map ``find`` needs; None for the method picture.
+        exported: whether ONNX Runtime runs any of its networks.
         said: a line for each exported network that is not used, and why.
     """
 
@@ -112,6 +113,7 @@ class Segmenter:
         """
         self.about = about
         self.first = first
+        self.exported = False
         self.said: list[str] = []
         self._refiner = refiner
 
@@ -153,6 +155,7 @@ class Segmenter:
             else:
                 refiner = _refiner(path, str(where), runner)
         made = cls(about, first, refiner)
+        made.exported = bool(exported)
         made.said += said
         return made
 
