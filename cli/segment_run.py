@@ -97,8 +97,10 @@ def run_model(slides: str, out: Path, model: Path, **values: Any) -> int:
         from segmentation.polygons import PolygonOptions
         from segmentation.results import ResultOptions
         from segmentation.run import RunOptions, give_memory_back, segment_found
-        from segmentation.segmenter import Segmenter
+        from segmentation.segmenter import Segmenter, is_exported
 
+        if values["runtime"] == "auto" and is_exported(model):
+            give_memory_back()
         try:
             polygons = PolygonOptions(*(values[key] for key in ("tolerance_um", "min_area_um2", "min_hole_um2")))
         except ValueError as error:
@@ -110,8 +112,6 @@ def run_model(slides: str, out: Path, model: Path, **values: Any) -> int:
         segmenter = Segmenter.load(
             model, device=values["device"], runtime=values["runtime"], trunk_weights=values["weights"]
         )
-        if segmenter.exported:
-            give_memory_back()
     for line in segmenter.said:
         say(console, line)
     with CohortProgress(console) as progress:

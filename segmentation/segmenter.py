@@ -39,6 +39,7 @@ __all__ = [
     "Runtime",
     "Segmenter",
     "export_model",
+    "is_exported",
     "read_about",
     "write_model",
 ]
@@ -101,7 +102,6 @@ class Segmenter:
     Attributes:
         about: the facts that were saved with it: method, classes, settings, how it was made.
         first: the stage that sees a slide's tissue tile by tile, whose map ``find`` needs; None for the method picture.
-        exported: whether ONNX Runtime runs any of its networks.
         said: a line for each exported network that is not used, and why.
     """
 
@@ -113,7 +113,6 @@ class Segmenter:
         """
         self.about = about
         self.first = first
-        self.exported = False
         self.said: list[str] = []
         self._refiner = refiner
 
@@ -155,7 +154,6 @@ class Segmenter:
             else:
                 refiner = _refiner(path, str(where), runner)
         made = cls(about, first, refiner)
-        made.exported = bool(exported)
         made.said += said
         return made
 
@@ -262,6 +260,11 @@ def write_model(folder: Path, about: Mapping[str, Any]) -> None:
     files = {name: _digest(folder / name) for name in NETWORK_FILES if (folder / name).is_file()}
     content = {"format": _FORMAT, "version": _VERSION, **about, "files": files}
     write_atomically(folder / MODEL_FILE, json.dumps(content, indent=1).encode())
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether ``export_model`` left a network in the folder of a model."""
+    return any((folder / name).with_suffix(_EXPORTED).exists() for name in NETWORK_FILES)
 
 
 def export_model(folder: str | os.PathLike[str], *, trunk_weights: Path | None = None) -> list[str]:
