@@ -195,11 +195,11 @@ def evaluate(
         UsageError: there are no results, or nothing says how large a slide is.
     """
     options = options or EvaluateOptions()
-    results = _results(Path(out))
+    results, left_out = _results(Path(out))
     if not results:
         raise UsageError(f"{out}: holds no results; give the folder that wsi segment run wrote GeoJSON or masks to")
     matches = match_annotations(results, truth)
-    notes = list(matches.report())
+    notes = [*left_out, *matches.report()]
     scores: list[Score] = []
     for stem, path in matches.files.items():
         known = frame_of(stem) if frame_of is not None else None
@@ -255,12 +255,17 @@ def _calibrated(scores: Sequence[Score], heat: ProbabilityMap, truth: Sequence[A
     return tuple(found)
 
 
-def _results(out: Path) -> dict[str, Path]:
-    """The file with each slide's result, by stem: polygons, else a mask."""
+def _results(out: Path) -> tuple[dict[str, Path], list[str]]:
+    """The file with each slide's result, by stem: polygons, else a mask; and lines about what is left out."""
     found: dict[str, Path] = {}
+    left_out = []
     for suffixes in (_POLYGONS, _MASKS):
         for path in sorted(out.rglob("*")) if out.is_dir() else [out]:
             suffix = next((each for each in suffixes if path.name.lower().endswith(each)), None)
             if suffix is not None and not path.name.startswith("."):
-                found.setdefault(path.name[: -len(suffix)], path)
-    return found
+                first = found.setdefault(path.name[: -len(suffix)], path)
+                if first.parent != path.parent:
+                    left_out.append(
+                        f"{path}: left out, as {first} is of a slide of the same name; judge them one by one"
+                    )
+    return found, left_out

@@ -163,3 +163,16 @@ def test_probabilities_beside_results_are_judged_where_nothing_is_ignored(tmp_pa
     assert evaluation.summary()["tumour"]["ece"].n == 1
     plain = evaluate(tmp_path / "out" / "a.geojson", tmp_path / "truth", EvaluateOptions(objects=False)).scores
     assert plain[0].ece == score.ece
+
+
+def test_results_of_slides_of_one_name_are_not_taken_for_each_other(folders: tuple[Path, Path]) -> None:
+    out, truth = folders
+    options = EvaluateOptions(mpp=0.5, classes=("Tumor",))
+    before = evaluate(out, truth, options)
+    (out / "other").mkdir()
+    (out / "other" / "case-1.geojson.gz").write_bytes((out / "case-2.geojson.gz").read_bytes())
+    evaluation = evaluate(out, truth, options)
+    assert evaluation.scores == before.scores
+    (line,) = set(evaluation.notes) - set(before.notes)
+    assert "other/case-1.geojson.gz: left out" in line.replace("\\", "/")
+    assert "judge them one by one" in line
