@@ -1,6 +1,7 @@
 """Fit: what networks are shown, and how fast they learn from it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -81,17 +82,13 @@ def test_a_cosine_schedule_ends_in_standstill_and_a_constant_one_does_not() -> N
     def last_step(schedule: str) -> float:
         network = Watching()
         torch.nn.init.zeros_(network.head.weight)
-        weights: list[Tensor] = []
+        weights = [network.head.weight.detach().clone()]
 
-        def draw(rng: np.random.Generator) -> Example:
+        def watch(step: int, loss: float, dice: float | None) -> None:
             weights.append(network.head.weight.detach().clone())
-            return example_of_a_disc(rng)
 
-        fit(network, draw, FitConfig(40, 1, 1, 1e-2, schedule=schedule))  # type: ignore[arg-type]
-        steps = [
-            float((b - a).abs().max())
-            for a, b in zip(weights, [*weights[1:], network.head.weight.detach()], strict=True)
-        ]
+        fit(network, example_of_a_disc, FitConfig(40, 1, 1, 1e-2, schedule=schedule), watch=watch)  # type: ignore[arg-type]
+        steps = [float((b - a).abs().max()) for a, b in pairwise(weights)]
         return steps[-1] / max(steps)
 
     assert last_step("cosine") < 0.02
