@@ -1,6 +1,5 @@
 """Prepare one slide: open it, find or take its tissue, lay the grid, draw the picture, write what a person looks at."""
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from features.keys import slide_key
 from features.selection import Selection, select_tiles, selection_facts
 from features.store import FeatureStore, SlideStore
 from features.writing import disk_errors, replace_slide, write_slide
-from wsi._files import write_atomically
+from wsi._files import file_sha256, write_atomically
 from wsi.annotation import Annotation, check_inside, tissue_annotations
 from wsi.discover import SlideSource
 from wsi.errors import SourceChangedError, UsageError
@@ -113,7 +112,7 @@ def prepare_slide(source: SlideSource, key: str, store: FeatureStore, options: P
                 write_geojson(outlines, gridded.outlines, slide.frame)
             provenance = {
                 "slide": _slide_facts(slide, source, key),
-                "tissue": gridded.facts | {"geojson_sha256": _digest(outlines)},
+                "tissue": gridded.facts | {"geojson_sha256": file_sha256(outlines)},
             }
             if gridded.selection is not None:
                 provenance["selection"] = gridded.selection
@@ -150,12 +149,12 @@ def grid_slide(slide: Slide, source: SlideSource, options: PrepareOptions) -> Gr
         facts: dict[str, Any] = {"source": "found", "options": asdict(options.tissue), "found_at_mpp": found_at}
     else:
         outlines, remarks = read_outlines(given, slide)
-        facts = {"source": "given", "file": str(given), "sha256": _digest(given)}
+        facts = {"source": "given", "file": str(given), "sha256": file_sha256(given)}
         notes += [f"tissue from {given.name}", *remarks]
     roi = None
     if roi_file is not None:
         roi, remarks = read_outlines(roi_file, slide)
-        facts["roi_sha256"] = _digest(roi_file)
+        facts["roi_sha256"] = file_sha256(roi_file)
         notes += remarks
     region = region_of(outlines, roi, holes=options.tiling.holes)
     facts |= {"n_pieces": len(outlines), "area_mm2": round(float(region.area) * slide.mpp.x * slide.mpp.y / 1e6, 4)}
@@ -181,14 +180,14 @@ def is_current(stored: SlideStore, source: SlideSource, options: PrepareOptions)
     if stated is not None and tuple(about["mpp"]) != stated:
         return False
     given = tissue_file(options.tissue_dir, source)
-    if given is not None and _digest(given) not in (tissue.get("sha256"), tissue["geojson_sha256"]):
+    if given is not None and file_sha256(given) not in (tissue.get("sha256"), tissue["geojson_sha256"]):
         return False
     if tissue["source"] == "found" and tissue["options"] != asdict(options.tissue):
         return False
     roi = _roi_file(options.roi, source)
     if options.roi is not None and roi is None:
         return False
-    return bool((None if roi is None else _digest(roi)) == tissue.get("roi_sha256"))
+    return bool((None if roi is None else file_sha256(roi)) == tissue.get("roi_sha256"))
 
 
 def _check_source(about: dict[str, Any], source: SlideSource) -> None:
@@ -300,7 +299,3 @@ def read_outlines(path: Path, slide: Slide) -> tuple[tuple[Annotation, ...], lis
         remarks.append(f"{path.name}: none of its {len(contents.annotations)} shapes has an area")
     polygons: Sequence[shapely.Polygon] = [piece for piece in pieces if piece.geom_type == "Polygon"]
     return tissue_annotations(polygons, slide.mpp.xy), remarks
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -24,7 +23,7 @@ from segmentation.heat import ProbabilityMap
 from segmentation.measure import ClassSummary, write_areas_csv
 from segmentation.results import ResultOptions, outlines_of, tissue_area_mm2, write_results
 from segmentation.segmenter import Found, Segmenter
-from wsi._files import write_atomically
+from wsi._files import file_sha256, write_atomically
 from wsi.annotation import Annotation
 from wsi.discover import Discovery, SlideSource
 from wsi.errors import (
@@ -242,7 +241,7 @@ class _Run:
             }  # fmt: skip
             given = tissue_file(self._options.tissue_dir, source)
             if given is not None:
-                identity["tissue_sha256"] = sha256(given.read_bytes()).hexdigest()
+                identity["tissue_sha256"] = file_sha256(given)
             known = self._done(source, identity)
             if known is not None:
                 lease.release()

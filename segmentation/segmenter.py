@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,7 +24,7 @@ from segmentation.prior import Prior
 from segmentation.refine import ExportedRefiner, Refiner, Refines, refine
 from segmentation.rows import KindRows, LabelRows, LikeliestRows
 from segmentation.stages import DenseStage, PatchStage, Stage
-from wsi._files import write_atomically
+from wsi._files import file_sha256, write_atomically
 from wsi.annotation import Annotation
 from wsi.errors import EnvironmentFaultError, ModelMismatchError, TooCoarseError, UsageError
 from wsi.grid import TileGrid
@@ -181,7 +181,7 @@ class Segmenter:
         """Seconds that the first stage's network has worked so far."""
         return 0.0 if self.first is None else self.first.busy_s
 
-    def grid(self, slide: Slide, tissue: Sequence[Annotation]) -> TileGrid:
+    def grid(self, slide: Slide, tissue: Sequence[Annotation] | None = None) -> TileGrid:
         """The tiles that the first stage looks at.
 
         Raises:
@@ -208,8 +208,15 @@ class Segmenter:
         grid: TileGrid | None = None,
         watch: Callable[[int], None] | None = None,
     ) -> ProbabilityMap:
-        """The first stage: a slide's probability map, written to ``path``."""
-        return self._stage.score(slide, path, tissue=tissue, grid=grid, watch=watch)
+        """The first stage: a slide's probability map, written to ``path``.
+
+        Args:
+            tissue: outlines to use instead of looking for them.
+            grid: what ``grid`` gave, where it is at hand.
+            watch: is told how many tiles were scored since it was last.
+        """
+        grid = self.grid(slide, tissue) if grid is None else grid
+        return self._stage.score(slide, path, grid, watch)
 
     def find(self, slide: Slide, heat: ProbabilityMap | None = None) -> Found:
         """What is on a slide.
@@ -250,14 +257,14 @@ def read_about(folder: Path) -> dict[str, Any]:
     if found != (_FORMAT, _VERSION):
         raise ModelMismatchError(f"{path}: holds {found[0]} {found[1]}, this release reads {_FORMAT} {_VERSION}")
     for name, digest in files.items():
-        if not (folder / name).is_file() or _digest(folder / name) != digest:
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
             raise ModelMismatchError(f"{folder / name}: is missing or damaged; copy the model again, or train it again")
     return about
 
 
 def write_model(folder: Path, about: Mapping[str, Any]) -> None:
     """Declare the networks in ``folder`` a whole model, with facts as JSON values: method, classes, config, how it was made."""
-    files = {name: _digest(folder / name) for name in NETWORK_FILES if (folder / name).is_file()}
+    files = {name: file_sha256(folder / name) for name in NETWORK_FILES if (folder / name).is_file()}
     content = {"format": _FORMAT, "version": _VERSION, **about, "files": files}
     write_atomically(folder / MODEL_FILE, json.dumps(content, indent=1).encode())
 
@@ -359,8 +366,3 @@ def _exported(folder: Path, about: Mapping[str, Any]) -> tuple[dict[str, OnnxRun
                 f"{path.name}: is of other weights than {name}; PyTorch is used; run wsi segment export {folder}"
             )
     return found, said
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()

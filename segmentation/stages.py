@@ -40,17 +40,13 @@ class Stage(Protocol):
     @property
     def objects(self) -> InstanceOptions | None: ...
 
-    def grid(self, slide: Slide, tissue: Sequence[Annotation] | None = None) -> TileGrid: ...
+    def grid(self, slide: Slide, tissue: Sequence[Annotation] | None = None) -> TileGrid:
+        """The tiles it looks at."""
+        ...
 
-    def score(
-        self,
-        slide: Slide,
-        path: Path,
-        *,
-        tissue: Sequence[Annotation] | None = None,
-        grid: TileGrid | None = None,
-        watch: Watch | None = None,
-    ) -> ProbabilityMap: ...
+    def score(self, slide: Slide, path: Path, grid: TileGrid, watch: Watch | None = None) -> ProbabilityMap:
+        """The map of a slide, written to ``path``; ``watch`` is told how many tiles were seen since it was last."""
+        ...
 
 
 class PatchStage:
@@ -73,16 +69,8 @@ class PatchStage:
     def grid(self, slide: Slide, tissue: Sequence[Annotation] | None = None) -> TileGrid:
         return heat_grid(slide, self._facts, self._options, tissue)
 
-    def score(
-        self,
-        slide: Slide,
-        path: Path,
-        *,
-        tissue: Sequence[Annotation] | None = None,
-        grid: TileGrid | None = None,
-        watch: Watch | None = None,
-    ) -> ProbabilityMap:
-        return write_heat(path, slide, self._runner, self._facts, self._options, tissue=tissue, grid=grid, watch=watch)
+    def score(self, slide: Slide, path: Path, grid: TileGrid, watch: Watch | None = None) -> ProbabilityMap:
+        return write_heat(path, slide, self._runner, self._facts, self._options, grid=grid, watch=watch)
 
 
 class DenseStage:
@@ -116,18 +104,8 @@ class DenseStage:
     def grid(self, slide: Slide, tissue: Sequence[Annotation] | None = None) -> TileGrid:
         return dense_grid(slide, self._network.config, self._look, tissue)
 
-    def score(
-        self,
-        slide: Slide,
-        path: Path,
-        *,
-        tissue: Sequence[Annotation] | None = None,
-        grid: TileGrid | None = None,
-        watch: Watch | None = None,
-    ) -> ProbabilityMap:
-        return segment_slide(
-            self._network, slide, path, self._look, tissue=tissue, grid=grid, predict=self._timed, watch=watch
-        )
+    def score(self, slide: Slide, path: Path, grid: TileGrid, watch: Watch | None = None) -> ProbabilityMap:
+        return segment_slide(self._network, slide, path, self._look, grid=grid, predict=self._timed, watch=watch)
 
     def _timed(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         began = time.perf_counter()

@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import csv
+import hashlib
 import io
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
+    "file_sha256",
     "fsync_folder",
     "fsync_tree",
     "make_folder_atomically",
@@ -79,6 +81,12 @@ def nan_as_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file, of which some is in memory at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_folder(folder: Path) -> None:
