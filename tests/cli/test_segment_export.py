@@ -10,7 +10,7 @@ import pytest
 from segmentation import export
 from segmentation.export import OnnxRunner
 from segmentation.refine import ExportedRefiner, Refiner
-from segmentation.segmenter import Segmenter, export_model
+from segmentation.segmenter import Segmenter, export_model, is_exported
 from segmentation.train import train
 from tests.segmentation.trained import config, save_picture, slide
 from wsi.slide import Slide
@@ -57,6 +57,7 @@ def test_exported_networks_are_used_and_say_the_same(exported: tuple[Path, str],
     assert "refinement.safetensors: onnxruntime (torch 2 s, onnxruntime 1 s a call" in said
     assert "classifier.safetensors: torch, as its trunk takes pixels as they are" in said
     assert not (model / "classifier.onnx").exists()
+    assert is_exported(model)
     picture = save_picture(tmp_path / "a.png", 31)
     fast, labels, probability = found_by(model, picture, tmp_path / "a.zarr")
     plain, expected, sure = found_by(model, picture, tmp_path / "b.zarr", runtime="torch")
@@ -92,6 +93,7 @@ def test_a_network_that_pytorch_runs_faster_leaves_nothing_and_takes_away_what_w
     assert code == 0
     assert "refinement.safetensors: torch (torch 1 s, onnxruntime 2 s a call" in said
     assert not (model / "refinement.onnx").exists()
+    assert not is_exported(model)
 
 
 def test_an_export_of_other_weights_is_not_used_and_the_way_out_is_said(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 
 from segmentation.classifier import PatchClassifier
 from segmentation.heat import HeatOptions, ProbabilityMap
@@ -13,6 +14,7 @@ from segmentation.segmenter import Found, Segmenter, read_about, write_model
 from segmentation.stages import PatchStage
 from segmentation.train import train
 from tests.segmentation.trained import config, save_picture, slide, tumour
+from wsi.annotation import Annotation
 from wsi.errors import ModelMismatchError, UsageError
 from wsi.slide import Slide
 
@@ -130,3 +132,13 @@ def test_the_first_stage_of_a_cascade_alone_says_what_its_map_says(
     assert first.place == heat.place != both.place
     with pytest.raises(UsageError, match="has no first stage"):
         Segmenter({**cascade.about, "method": "picture"}, None, None).first_alone()
+
+
+def test_only_the_tissue_that_is_given_is_looked_at(folder: Path, picture: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter.load(folder, device="cpu")
+    half = [Annotation(shapely.box(0, 0, 128, 96), "Tissue")]
+    with Slide.open(picture, mpp=MPP) as opened:
+        assert len(segmenter.grid(opened, half)) == 8 * 6  # of 16 px
+        heat = segmenter.score(opened, tmp_path / "h.zarr", tissue=half)
+    assert heat.facts["patches"] == 8 * 6
+    assert np.isnan(heat.probability("tumour")[:, 8:]).all()
